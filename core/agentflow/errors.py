@@ -1,0 +1,102 @@
+"""Every error AgentFlow raises.
+
+    AgentFlowError
+    ├── Rejection              the domain says no; repeating the call changes nothing
+    │   ├── InvalidRequest     the request breaks the contract (types, limits, ids, DAG)
+    │   ├── SubmissionRejected the leader answered the submission with `event.rejected`
+    │   └── TaskError          the awaited task or workflow did not complete
+    │       ├── TaskFailed
+    │       ├── TaskCancelled
+    │       └── TaskSkipped
+    └── OperatingError         network, disk, server: may be tried again
+        ├── Disconnected       no connection to NATS within the time allowed
+        ├── AppendRefused      the log refused a write (fence, full, permissions)
+        ├── AppendUnknown      a write's fate is not known yet
+        ├── StreamMismatch     the stream exists with a configuration we do not expect
+        ├── LogGone            the log was deleted, recreated or went backwards
+        └── ObjectMissing      a large argument or result is not in the object store
+
+A bug is an `AssertionError`: it crashes loudly and is caught nowhere.
+"""
+
+from __future__ import annotations
+
+
+class AgentFlowError(Exception):
+    """Base of everything raised on purpose."""
+
+
+class Rejection(AgentFlowError):
+    """The domain says no."""
+
+
+class InvalidRequest(Rejection):
+    """A request breaks the contract: nothing was sent."""
+
+
+class SubmissionRejected(Rejection):
+    """The leader answered a submission with `event.rejected`.
+
+    `reason` is a `agentflow.events.Reason` value, `detail` says what was found.
+    """
+
+    def __init__(self, task_id: str, reason: str, detail: str) -> None:
+        super().__init__(f"{task_id} was rejected: {reason}: {detail}")
+        self.task_id = task_id
+        self.reason = reason
+        self.detail = detail
+
+
+class TaskError(Rejection):
+    """An awaited task or workflow ended without completing."""
+
+    def __init__(self, task_id: str, kind: str, message: str) -> None:
+        super().__init__(f"{task_id}: {kind}: {message}")
+        self.task_id = task_id
+        self.kind = kind
+        self.message = message
+
+
+class TaskFailed(TaskError):
+    """The task's last attempt failed, or no attempt was left."""
+
+
+class TaskCancelled(TaskError):
+    """The task was cancelled."""
+
+
+class TaskSkipped(TaskError):
+    """A task this one depends on did not complete."""
+
+
+class OperatingError(AgentFlowError):
+    """The world around us failed; the call may be tried again."""
+
+
+class Disconnected(OperatingError):
+    """No connection to NATS within the time allowed."""
+
+
+class AppendRefused(OperatingError):
+    """The log refused a write. `code` is the JetStream error code."""
+
+    def __init__(self, code: int, detail: str) -> None:
+        super().__init__(f"the log refused the write ({code}): {detail}")
+        self.code = code
+        self.detail = detail
+
+
+class AppendUnknown(OperatingError):
+    """A write was sent and never acknowledged: it may or may not be in the log."""
+
+
+class StreamMismatch(OperatingError):
+    """The stream exists, but is not configured as AgentFlow needs it."""
+
+
+class LogGone(OperatingError):
+    """The log was deleted, recreated, purged under us, or went backwards."""
+
+
+class ObjectMissing(OperatingError):
+    """An object named by an event is missing, or its bytes do not hash to its digest."""

@@ -1,0 +1,173 @@
+"""The log port: an append-only, totally ordered, durable sequence of messages.
+
+Two adapters implement it, `jetstream.JetStreamLog` and `memory.MemoryLog`; one
+conformance suite (tests/integration/log_conformance.py) is run against both.
+
+An append ends in one of three ways and never raises for what the server or the network
+did: `Done` (stored and fsynced, with its position), `Refused` (certainly not stored, with
+the reason) or `Unknown` (sent, never acknowledged). An unknown write is repeated byte for
+byte under the same message id, or looked up with `find`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import AsyncIterator, Sequence
+from types import TracebackType
+from typing import Final, Protocol, Self
+
+from msgspec import Struct
+
+FRAME_BYTES_MAX: Final = 512 * 1024
+"""Largest data of one message."""
+BATCH_FRAMES_MAX: Final = 900
+"""Most frames of one atomic append (the server's own limit is 1,000)."""
+
+
+class Frame(Struct, frozen=True, gc=False):
+    """One message to append."""
+
+    subject: str
+    data: bytes
+    msg_id: str | None = None
+    """Identity for deduplication; None for a write that must not be repeated."""
+    headers: dict[str, str] | None = None
+    """Headers beside those that the log itself writes."""
+
+
+class Fence(Struct, frozen=True, gc=False):
+    """Store only if the last message on `subject` has sequence `seq` (0: there is none)."""
+
+    subject: str
+    seq: int
+
+
+class Message(Struct, frozen=True, gc=False):
+    """One message read."""
+
+    seq: int
+    time_ns: int
+    """Server time of storing, nanoseconds since 1970 UTC."""
+    subject: str
+    data: bytes
+    headers: dict[str, str] | None = None
+
+
+class Identity(Struct, frozen=True, gc=False):
+    """What makes a log this log and no other."""
+
+    name: str
+    created_ns: int
+    first_seq: int
+    """Sequence of the first message still held; last_seq + 1 if there is none."""
+    last_seq: int
+    replicas: int
+    bytes: int
+    bytes_max: int
+    """Hard limit, or -1."""
+
+
+class Reason(enum.StrEnum):
+    """Why an append was refused."""
+
+    FENCED = "fenced"
+    """The fence (or compare-and-set) does not hold: somebody wrote there."""
+    BUSY = "busy"
+    """Another fenced write to the same subject is in flight, or too many batches: try again."""
+    FULL = "full"
+    """The log is at its hard limit or the disk is full."""
+    TOO_LARGE = "too_large"
+    DENIED = "denied"
+    """The connection may not publish there."""
+    FOREIGN_ID = "foreign_id"
+    """The message id is taken by a message that is not ours: nothing was stored."""
+    GONE = "gone"
+    """The stream does not exist."""
+    OTHER = "other"
+
+
+class Done(Struct, frozen=True, gc=False):
+    """Stored and fsynced. Frame i of n has sequence `seq - n + 1 + i`, unless `duplicate`."""
+
+    seq: int
+    duplicate: bool = False
+    """The log held it already: an earlier attempt of this same write had arrived."""
+
+
+class Refused(Struct, frozen=True, gc=False):
+    """Certainly not stored."""
+
+    reason: Reason
+    code: int
+    detail: str
+
+
+class Unknown(Struct, frozen=True, gc=False):
+    """Sent and not acknowledged in time: it may be stored, or be stored later."""
+
+    detail: str
+
+
+Appended = Done | Refused | Unknown
+
+
+class Log(Protocol):
+    """One namespace's log. An async context manager: entered means open and checked.
+
+    Entering raises `StreamMismatch` if the stream exists with another configuration
+    (naming each difference), `Disconnected` if no server answers in time.
+    """
+
+    async def __aenter__(self) -> Self: ...
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    @property
+    def namespace(self) -> str:
+        """The namespace this log belongs to."""
+        ...
+
+    async def identity(self) -> Identity:
+        """The stream's identity and extent now. Raises LogGone, Disconnected."""
+        ...
+
+    async def append(self, frame: Frame, *, fence: Fence | None = None, timeout_s: float = 5.0) -> Appended:
+        """Store one frame.
+
+        With a message id the write is repeated within `timeout_s` until its fate is known;
+        without one it is sent once.
+        """
+        ...
+
+    async def append_batch(
+        self, frames: Sequence[Frame], *, fence: Fence | None = None, timeout_s: float = 10.0
+    ) -> Appended:
+        """Store all frames next to each other, or none of them."""
+        ...
+
+    async def find(self, msg_id: str, *, after: int) -> int | None:
+        """Sequence of the message stored under `msg_id` after sequence `after`, or None.
+
+        Reads the log; for learning the fate of an unknown write once the server's own
+        deduplication window has passed.
+        """
+        ...
+
+    async def read(self, seq: int) -> Message | None:
+        """The message at `seq`, or None if it is not there."""
+        ...
+
+    async def last(self, subject: str) -> Message | None:
+        """The last message on an exact subject, read from the stream's leader."""
+        ...
+
+    def follow(self, after: int, *, subjects: Sequence[str] = ()) -> AsyncIterator[list[Message]]:
+        """Everything after sequence `after`, in order, without gaps, for ever.
+
+        Yields whatever has arrived since the last yield, never an empty list. Survives
+        lost connections and server restarts. `subjects` filters (subject patterns; none:
+        all). Raises LogGone if the log was recreated, went backwards, or no longer holds
+        `after + 1` while it holds later messages (unfiltered reading only).
+        """
+        ...

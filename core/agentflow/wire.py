@@ -1,0 +1,108 @@
+"""Every name on the wire: streams, subjects, headers, buckets.
+
+Nothing else in the project composes or parses one.
+
+    af.<namespace>.<entity>.<event>.<actor>     events, kept in stream AF_<namespace>
+    afq.<namespace>.<service>                   requests answered by the leader or a master
+    afq.<namespace>.heartbeat.<worker>          a worker's sign of life, not kept
+    afn.<namespace>.<client>.<token>            notices to one client, not kept
+
+`actor` is who speaks. For what is addressed to somebody (`task.assigned`, `task.stop`)
+it is the worker spoken to. Ids never appear in a subject: every distinct subject costs
+the server memory for as long as its messages live.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final, NamedTuple
+
+# A namespace, worker, client or master name: one subject token.
+NAME_PATTERN: Final = r"^[A-Za-z0-9_-]{1,64}$"
+NAME: Final = re.compile(NAME_PATTERN)
+
+# The subject a leader's election is written to, and the fence of all its decisions.
+ELECTED_ACTOR: Final = "epoch"
+
+# Buckets.
+LEASE_BUCKET: Final = "AF_LEASES"
+
+# Headers. The first four are JetStream's.
+MSG_ID: Final = "Nats-Msg-Id"
+EXPECTED_SUBJECT_SEQ: Final = "Nats-Expected-Last-Subject-Sequence"
+EXPECTED_SUBJECT: Final = "Nats-Expected-Last-Subject-Sequence-Subject"
+TTL: Final = "Nats-TTL"
+BATCH_ID: Final = "Nats-Batch-Id"
+BATCH_SEQ: Final = "Nats-Batch-Sequence"
+BATCH_COMMIT: Final = "Nats-Batch-Commit"
+# Contract level of the message's events; absent means level 1, for ever.
+VERSION: Final = "Af-Version"
+# On every message of a leader: "<epoch> <basis> <log time, ms> <policy version>".
+DECISION: Final = "Af-Decision"
+
+
+class Route(NamedTuple):
+    """A parsed event subject."""
+
+    namespace: str
+    kind: str
+    """`<entity>.<event>`, for example `task.submitted`."""
+    actor: str
+
+
+def stream(namespace: str) -> str:
+    """The JetStream stream that is the namespace's log."""
+    return f"AF_{namespace}"
+
+
+def stream_subjects(namespace: str) -> str:
+    """The subject filter the stream captures."""
+    return f"af.{namespace}.>"
+
+
+def event(namespace: str, kind: str, actor: str) -> str:
+    """The subject of an event of `kind` ("task.submitted") said by, or to, `actor`."""
+    return f"af.{namespace}.{kind}.{actor}"
+
+
+def elected(namespace: str) -> str:
+    """The one subject elections are written to."""
+    return f"af.{namespace}.leader.elected.{ELECTED_ACTOR}"
+
+
+def parse_event(subject: str) -> Route | None:
+    """Split an event subject; None if it is not five well-formed tokens."""
+    tokens = subject.split(".")
+    if len(tokens) != 5 or tokens[0] != "af":  # noqa: PLR2004 - the subject's shape
+        return None
+    return Route(tokens[1], f"{tokens[2]}.{tokens[3]}", tokens[4])
+
+
+def notice(namespace: str, client: str, token: str) -> str:
+    """Where a client listens for notices about what it submitted."""
+    return f"afn.{namespace}.{client}.{token}"
+
+
+def service(namespace: str, name: str) -> str:
+    """The subject of a request/reply service."""
+    return f"afq.{namespace}.{name}"
+
+
+def heartbeat(namespace: str, worker: str) -> str:
+    """Where a worker says that it lives ("*" listens to all)."""
+    return f"afq.{namespace}.heartbeat.{worker}"
+
+
+def object_bucket(namespace: str) -> str:
+    """The object store bucket for arguments and results above the inline limit."""
+    return f"AF_OBJECTS_{namespace}"
+
+
+def leader_lease(namespace: str) -> str:
+    """The key of a namespace's leader lease."""
+    return f"leader.{namespace}"
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` may name a namespace, worker, client or master."""
+    return NAME.fullmatch(text) is not None
