@@ -17,6 +17,8 @@
         └── ObjectMissing      a large argument or result is not in the object store
 
 A bug is an `AssertionError`: it crashes loudly and is caught nowhere.
+
+`NonRetryable` stands apart: AgentFlow never raises it, tasks do.
 """
 
 from __future__ import annotations
@@ -100,3 +102,7 @@ class LogGone(OperatingError):
 
 class ObjectMissing(OperatingError):
     """An object named by an event is missing, or its bytes do not hash to its digest."""
+
+
+class NonRetryable(Exception):  # noqa: N818 - named for what it asks for
+    """Raise it in a task to fail it at once, without another attempt."""

@@ -1,0 +1,1 @@
+"""The worker: receives assignments, runs them, reports their outcomes."""
