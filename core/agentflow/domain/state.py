@@ -1,0 +1,331 @@
+"""What a fold knows of a namespace.
+
+Memory is bounded by open work and by the ids remembered: a task is forgotten when it ends
+(tasks of a workflow when the workflow ends), save for its id, so that a repeated
+submission is recognised.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from msgspec import Struct, field
+
+from agentflow.domain.life import State, WorkflowState
+from agentflow.domain.queue import Demand, Line, Queue
+from agentflow.events import EventRejected, ObjectRef, Policy, Reason, Retry, WorkflowPart
+from agentflow.limits import CLOSED_IDS_MAX
+
+
+class Terms(Struct, gc=False):
+    """What many tasks have in common; kept once for all of them."""
+
+    key: tuple[Any, ...]
+    function: str
+    shell: str
+    cwd: str
+    priority: int
+    demand: Demand
+    line: Line
+    """Where tasks with these terms wait."""
+    retry: Retry | None
+    timeout_s: float
+    queue_timeout_ms: int
+    client: str
+    notify: str
+    run_key: str
+    """Under which name run times are learnt."""
+    digest: int
+    """CRC-32 of the terms, who submitted and who is told left out."""
+    users: int = 0
+    """Open tasks with these terms."""
+
+
+class Payload(Struct, frozen=True, gc=False):
+    """Arguments beyond `args`, as JSON text (empty: not given)."""
+
+    kwargs: bytes = b""
+    argv: bytes = b""
+    env: bytes = b""
+    object: ObjectRef | None = None
+    fetch: bool = False
+    """Too large for the fold: the worker reads them from the submission."""
+
+
+class Result(Struct, frozen=True, gc=False):
+    """A completed task's result, for those that depend on it."""
+
+    seq: int
+    index: int
+    value: bytes = b""
+    """JSON text; empty if it has to be read at its position."""
+
+
+class Node(Struct):
+    """A task's place in its workflow."""
+
+    workflow: Workflow
+    task_id: str
+    waiting: int
+    """Dependencies not completed yet."""
+    dependents: list[Task]
+    uses: tuple[str, ...] = ()
+    """Task ids whose results it wants."""
+    result: Result | None = None
+
+
+class Task(Struct, gc=False):
+    """An open task, or a task of an open workflow."""
+
+    id: str
+    terms: Terms
+    seq: int
+    """Position of its submission."""
+    index: int
+    digest: int
+    args: bytes
+    """JSON text of the argument list; empty: none, or to be fetched."""
+    priority: int
+    payload: Payload | None = None
+    node: Node | None = None
+    state: State = State.PENDING
+    attempt: int = 0
+    """Assignments so far."""
+    failures: int = 0
+    losses: int = 0
+    ready_ms: int = 0
+    """Log time at which it began to wait for a worker."""
+    ticket: int = 0
+    """Its valid entry in the queue; 0: it is in none."""
+    worker: Worker | None = None
+    expected_us: int = 0
+    started: bool = False
+    """`task.started` of the current attempt is in the log."""
+    suspect: bool = False
+    """Its last worker died before saying whether it had started."""
+    stopping: bool = False
+    cancel: str | None = None
+    """Why a client wants it cancelled."""
+    due_ms: int = 0
+    """End of its backoff."""
+    declined: dict[int, int] | None = None
+    """Incarnations that declined it, and until when they are not asked again."""
+    error: str = ""
+    """What the last failed attempt said."""
+
+
+class Workflow(Struct):
+    """An open workflow."""
+
+    id: str
+    seq: int
+    index: int
+    digest: int
+    client: str
+    notify: str
+    tasks: dict[str, Task]
+    """By task_id."""
+    open: int
+    counts: dict[State, int]
+    """Ended tasks by final state."""
+
+
+class Worker(Struct):
+    """A worker's current incarnation."""
+
+    name: str
+    incarnation: int
+    slots: int
+    ahead: int
+    group: str
+    labels: Mapping[str, str]
+    cpu: float
+    memory_mb: int
+    gpus: int
+    functions: frozenset[str]
+    host: str
+    joined_ms: int
+    draining: bool = False
+    held: dict[str, Task] = field(default_factory=dict)
+    """What is assigned to it, by task id."""
+    expected_us: int = 0
+    """Expected run time of all it holds."""
+    used_cpu: float = 0.0
+    used_memory_mb: int = 0
+    used_gpus: int = 0
+    suspects: int = 0
+    completed: int = 0
+    failed: int = 0
+
+
+class Kind(enum.StrEnum):
+    """What a fold made of an event."""
+
+    APPLIED = "applied"
+    DUPLICATE = "duplicate"
+    """Known already: nothing changed."""
+    SUPERSEDED = "superseded"
+    """It came too late to count: recorded, nothing changed."""
+    REJECTED = "rejected"
+    """A client's event that was not accepted; it gets an answer."""
+    QUARANTINED = "quarantined"
+    """An event nobody may have said, or that makes no sense."""
+
+
+class Verdict(Struct, frozen=True, gc=False):
+    """What a fold made of one event."""
+
+    kind: Kind
+    reason: Reason | None = None
+    detail: str = ""
+
+
+APPLIED: Final = Verdict(Kind.APPLIED)
+DUPLICATE: Final = Verdict(Kind.DUPLICATE)
+SUPERSEDED: Final = Verdict(Kind.SUPERSEDED)
+
+
+class At(Struct, gc=False):
+    """Where and when an event stands in the log, and who said it."""
+
+    seq: int
+    index: int
+    server_ms: int
+    actor: str
+    epoch: int = 0
+    """Of the deciding leader; 0 for everybody else."""
+
+
+class Ended(Struct, frozen=True, gc=False):
+    """A task or workflow that reached a final state, for whoever has to be told."""
+
+    id: str
+    state: State | WorkflowState
+    client: str
+    notify: str
+    seq: int
+    """Position of the event that ended it."""
+    index: int
+    event: Any
+    """That event."""
+
+
+class Closed(Struct, frozen=True, gc=False):
+    """What is remembered of an ended task or workflow."""
+
+    state: State | WorkflowState
+    seq: int
+    index: int
+    digest: int
+
+
+_CODES: Final[tuple[State | WorkflowState, ...]] = (
+    State.COMPLETED,
+    State.FAILED,
+    State.SKIPPED,
+    State.CANCELLED,
+    WorkflowState.COMPLETED,
+    WorkflowState.FAILED,
+    WorkflowState.CANCELLED,
+)
+_CODE: Final = {(type(state), state): code for code, state in enumerate(_CODES)}
+
+
+class Memory:
+    """Ids of what ended, in two generations; packed, since there may be a million.
+
+    Its horizon is the time the older generation was begun.
+    """
+
+    __slots__ = ("current", "horizon_ms", "previous", "started_ms")
+
+    def __init__(self) -> None:
+        self.current: dict[str, int] = {}
+        self.previous: dict[str, int] = {}
+        self.started_ms = 0
+        self.horizon_ms = 0
+
+    def add(self, key: str, closed: Closed, server_ms: int) -> None:
+        """Remember an ended id."""
+        if len(self.current) >= CLOSED_IDS_MAX:
+            self.horizon_ms = self.started_ms
+            self.started_ms = server_ms
+            self.previous, self.current = self.current, {}
+        code = _CODE[type(closed.state), closed.state]
+        position = (closed.seq << 13) | closed.index
+        self.current[key] = (((position << 3) | code) << 32) | closed.digest
+
+    def get(self, key: str) -> Closed | None:
+        """What is remembered of an id."""
+        packed = self.current.get(key)
+        if packed is None:
+            packed = self.previous.get(key)
+            if packed is None:
+                return None
+        rest = packed >> 32
+        position = rest >> 3
+        return Closed(_CODES[rest & 7], position >> 13, position & 8191, packed & 0xFFFFFFFF)
+
+    def __len__(self) -> int:
+        return len(self.current) + len(self.previous)
+
+
+class Namespace:
+    """The state of one namespace: what `evolve` changes and `plan` reads."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seq = 0
+        """Everything up to this sequence is folded."""
+        self.server_ms = 0
+        """Server time of the last message."""
+        self.clock_ms = 0
+        """Log time: server time, never going backwards."""
+        self.epoch = 0
+        self.leader = ""
+        self.elected_seq = 0
+        self.policy = Policy()
+        self.tasks: dict[str, Task] = {}
+        self.workflows: dict[str, Workflow] = {}
+        self.workers: dict[str, Worker] = {}
+        self.workers_version = 0
+        """Counts changes of who is there."""
+        self.last_worker = ""
+        """The worker of the last assignment, for round robin."""
+        self.queue = Queue()
+        self.running = 0
+        self.terms: dict[tuple[Any, ...], Terms] = {}
+        self.expectations: dict[str, int] = {}
+        """Learnt run time in microseconds, by function or script."""
+        self.backoffs: list[tuple[int, int, Task]] = []
+        """Heap of (due, order, task)."""
+        self.deadlines: list[tuple[int, int, Task]] = []
+        """Heap of (end of queue timeout, order, task)."""
+        self.order = 0
+        self.cancels: dict[str, Task] = {}
+        """Tasks a client wants cancelled and the leader has not acted on."""
+        self.answers: dict[tuple[int, int], EventRejected] = {}
+        """Rejections not in the log yet, by position of what they answer."""
+        self.announcements: dict[str, Ended] = {}
+        """Ended workflows not announced yet."""
+        self.parts: list[tuple[At, WorkflowPart]] = []
+        """Parts of a workflow that came directly before here."""
+        self.parts_seq = 0
+        self.closed = Memory()
+        self.quarantined = 0
+        self.rejected = 0
+        self.superseded = 0
+        self.ended: list[Ended] = []
+        """What ended since the caller last cleared this; not part of the state."""
+
+    def status(self, task: str) -> tuple[str, Sequence[int]]:
+        """State of a task or workflow and, once it ended, the position of its end; "unknown" otherwise."""
+        known = self.tasks.get(task)
+        if known is not None:
+            return known.state, ()
+        if task in self.workflows:
+            return WorkflowState.RUNNING, ()
+        closed = self.closed.get(task)
+        return (closed.state, (closed.seq, closed.index)) if closed is not None else ("unknown", ())

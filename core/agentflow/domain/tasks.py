@@ -1,0 +1,117 @@
+"""From what was submitted to what the fold keeps of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+from zlib import crc32
+
+import msgspec
+
+from agentflow.checks import priority_of
+from agentflow.domain.queue import Demand
+from agentflow.domain.state import At, Namespace, Payload, Task, Terms
+from agentflow.events import Needs, Retry, TaskSubmitted, Work, WorkflowSubmitted, WorkflowTask
+from agentflow.limits import FOLD_BYTES_MAX
+
+_encode: Final = msgspec.json.Encoder(order="deterministic").encode
+
+
+def new_task(state: Namespace, work: Work, task_id: str, at: At, *, notify: str = "") -> Task:
+    """The task for a piece of submitted work, not entered anywhere yet."""
+    terms = _terms(state, work, at.actor, notify)
+    args = _encode(work.args) if work.args else b""
+    digest = crc32(args, terms.digest)
+    payload = None
+    if work.kwargs or work.argv or work.env or work.object is not None or len(args) > FOLD_BYTES_MAX:
+        payload, digest = _payload(work, args, digest)
+        if payload.fetch:
+            args = b""
+    return Task(
+        id=task_id,
+        terms=terms,
+        seq=at.seq,
+        index=at.index,
+        digest=digest,
+        args=args,
+        priority=terms.priority,
+        payload=payload,
+    )
+
+
+def _payload(work: Work, args: bytes, digest: int) -> tuple[Payload, int]:
+    kwargs = _encode(work.kwargs) if work.kwargs else b""
+    argv = _encode(work.argv) if work.argv else b""
+    env = _encode(work.env) if work.env else b""
+    for part in (kwargs, argv, env, _encode(work.object)):
+        digest = crc32(part, digest)
+    if len(args) + len(kwargs) + len(argv) + len(env) > FOLD_BYTES_MAX:
+        return Payload(object=work.object, fetch=True), digest
+    return Payload(kwargs, argv, env, work.object), digest
+
+
+def _terms(state: Namespace, work: Work, client: str, notify: str) -> Terms:
+    needs = work.needs
+    # Structs compare field by field; the key holds no dict, so it can be hashed.
+    key = (
+        work.function,
+        work.shell,
+        work.cwd,
+        work.priority,
+        None if needs is None else _needs_key(needs),
+        None if work.retry is None else _retry_key(work.retry),
+        work.timeout_s,
+        work.queue_timeout_s,
+        client,
+        notify,
+    )
+    terms = state.terms.get(key)
+    if terms is None:
+        terms = state.terms[key] = _new_terms(state, key, work, client, notify)
+    terms.users += 1
+    return terms
+
+
+def release_terms(state: Namespace, terms: Terms) -> None:
+    """A task with these terms is gone."""
+    terms.users -= 1
+    if not terms.users:
+        state.queue.close(terms.line)
+        del state.terms[terms.key]
+
+
+def _needs_key(needs: Needs) -> tuple[Any, ...]:
+    return (needs.cpu, needs.memory_mb, needs.gpus, needs.group, tuple(sorted(needs.labels.items())))
+
+
+def _retry_key(retry: Retry) -> bytes:
+    return _encode(retry)
+
+
+def _new_terms(state: Namespace, key: tuple[Any, ...], work: Work, client: str, notify: str) -> Terms:
+    needs = work.needs
+    function = sys.intern(work.function)
+    demand = Demand(function) if needs is None else Demand(function, *_needs_key(needs))
+    described = (work.function, work.shell, work.cwd, work.priority, needs, work.retry, work.timeout_s, work.queue_timeout_s)
+    return Terms(
+        key=key,
+        function=function,
+        shell=work.shell,
+        cwd=work.cwd,
+        priority=priority_of(work.priority),
+        demand=demand,
+        line=state.queue.open(demand),
+        retry=work.retry,
+        timeout_s=work.timeout_s,
+        queue_timeout_ms=int(work.queue_timeout_s * 1000),
+        client=client,
+        notify=notify,
+        run_key=function or f"$process {crc32(work.shell.encode()):08x}",
+        digest=crc32(_encode(described)),
+    )
+
+
+def digest_of_workflow(event: WorkflowSubmitted, tasks: Sequence[WorkflowTask]) -> int:
+    """CRC-32 of a workflow's name, description and tasks."""
+    return crc32(_encode((event.name, event.description, tasks)))

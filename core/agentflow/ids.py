@@ -1,0 +1,67 @@
+"""Ids of tasks and workflows.
+
+    client-chosen   1 to 128 of A-Z a-z 0-9 _ -, not beginning with "at-"
+    from the SDK    a UUIDv7: 36 characters, lower case, its creation time in front
+    left out        "at-<seq>-<index>", the position of the submission in the log
+    in a workflow   "<workflow id>/<task_id>"
+
+UUIDv7: RFC 9562, section 5.7.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from typing import Final
+
+from agentflow.limits import ID_LENGTH_MAX
+
+DERIVED_PREFIX: Final = "at-"
+TASK_SEPARATOR: Final = "/"
+_ID: Final = re.compile(rf"(?!{DERIVED_PREFIX})[A-Za-z0-9_-]{{1,{ID_LENGTH_MAX}}}")
+_UUID7: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+_UUID_LENGTH: Final = 36
+
+_is_id = _ID.fullmatch
+
+
+def is_id(text: str) -> bool:
+    """Whether a client may choose `text` as the id of a task or workflow."""
+    return _is_id(text) is not None
+
+
+def new_id() -> str:
+    """A fresh UUIDv7."""
+    ms = time.time_ns() // 1_000_000
+    return uuid7(ms, os.urandom(10))
+
+
+def uuid7(time_ms: int, chance: bytes) -> str:
+    """The UUIDv7 of a Unix time in milliseconds and ten random bytes."""
+    h = f"{time_ms:012x}{chance.hex()}"
+    variant = "89ab"[chance[2] & 3]
+    return f"{h[:8]}-{h[8:12]}-7{h[13:16]}-{variant}{h[17:20]}-{h[20:32]}"
+
+
+def uuid7_time_ms(text: str) -> int | None:
+    """The creation time inside a UUIDv7, Unix milliseconds; None for any other id."""
+    if len(text) != _UUID_LENGTH or text[14] != "7" or _UUID7.fullmatch(text) is None:
+        return None
+    return int(text[:8] + text[9:13], 16)
+
+
+def derived(seq: int, index: int) -> str:
+    """The id of what was submitted without one at a position."""
+    return f"{DERIVED_PREFIX}{seq}-{index}"
+
+
+def in_workflow(workflow: str, task_id: str) -> str:
+    """The id of a workflow's task."""
+    return f"{workflow}{TASK_SEPARATOR}{task_id}"
+
+
+def workflow_of(task: str) -> str | None:
+    """The workflow a task id belongs to, or None."""
+    head, separator, _ = task.partition(TASK_SEPARATOR)
+    return head if separator else None
