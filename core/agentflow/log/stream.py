@@ -1,0 +1,201 @@
+"""The stream behind a log: its configuration, its description, and the JetStream API's JSON.
+
+Every option is named, also those that are off: defaults change between server releases, and
+a stream that somebody else created differently must be noticed before it is written to.
+"""
+
+from __future__ import annotations
+
+import calendar
+import time
+from collections.abc import Mapping
+from typing import Any, Final, TypeVar
+
+import msgspec
+from msgspec import Struct, field
+
+from agentflow import wire
+from agentflow.bus import Bus
+from agentflow.errors import Disconnected, LogGone, OperatingError, StreamMismatch
+from agentflow.log.port import FRAME_BYTES_MAX, Identity
+from agentflow.log.publisher import ApiError
+from agentflow.log.stored import DUPLICATE_WINDOW_S
+
+# A named limit: unset means 1,000 on a current server.
+_CONSUMERS_MAX: Final = 5000
+# Data and headers of one message.
+_MESSAGE_BYTES_MAX: Final = FRAME_BYTES_MAX + 64 * 1024
+
+NO_MESSAGE: Final = 10037
+NO_STREAM: Final = 10059
+_NAME_IN_USE: Final = 10058
+
+T = TypeVar("T")
+
+
+class _State(Struct, frozen=True, gc=False):
+    messages: int = 0
+    bytes: int = 0
+    first_seq: int = 0
+    last_seq: int = 0
+
+
+class StreamInfo(Struct, frozen=True, gc=False):
+    """What the server says of a stream."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    created: str = ""
+    ts: str = ""
+    """The server's time of answering."""
+    state: _State = field(default_factory=_State)
+
+    @property
+    def identity(self) -> Identity:
+        """The same in the log's words."""
+        state = self.state
+        return Identity(
+            name=self.config["name"],
+            created_ns=parse_time_ns(self.created),
+            first_seq=state.first_seq if state.messages else state.last_seq + 1,
+            last_seq=state.last_seq,
+            replicas=self.config["num_replicas"],
+            bytes=state.bytes,
+            bytes_max=self.config.get("max_bytes", -1),
+        )
+
+
+class _Failure(Struct, frozen=True, gc=False):
+    error: ApiError | None = None
+
+
+_read_failure: Final = msgspec.json.Decoder(_Failure).decode
+
+
+class ApiFailed(OperatingError):
+    """The JetStream API answered with an error. Never leaves the adapters."""
+
+    def __init__(self, request: str, error: ApiError) -> None:
+        super().__init__(f"{request}: {error.description} ({error.err_code})")
+        self.error = error
+
+
+def log_config(namespace: str, *, replicas: int, bytes_max: int) -> dict[str, Any]:
+    """The configuration of a namespace's log."""
+    return {
+        "name": wire.stream(namespace),
+        "subjects": [wire.stream_subjects(namespace)],
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "num_replicas": replicas,
+        "max_bytes": bytes_max,
+        "max_msgs": -1,
+        "max_msgs_per_subject": -1,
+        "max_age": 0,
+        "max_msg_size": _MESSAGE_BYTES_MAX,
+        "max_consumers": _CONSUMERS_MAX,
+        "duplicate_window": DUPLICATE_WINDOW_S * 1_000_000_000,
+        "compression": "none",
+        # History is not edited; only its oldest part is cut off, once archived.
+        "deny_delete": True,
+        "deny_purge": False,
+        "sealed": False,
+        "no_ack": False,
+        "allow_direct": True,
+        "mirror_direct": False,
+        "allow_atomic": True,
+        # Each of these lets a client remove, replace or delay messages by a header.
+        "allow_rollup_hdrs": False,
+        "allow_msg_ttl": False,
+        "allow_msg_schedules": False,
+        "allow_msg_counter": False,
+        "allow_batched": False,
+        "discard_new_per_subject": False,
+    }
+
+
+# What is an operator's to change later.
+_FREE: Final = frozenset({"max_bytes", "num_replicas"})
+# Options we do not set, that would change what the stream holds or when it is on disk.
+_MUST_BE_UNSET: Final = (
+    "mirror",
+    "sources",
+    "republish",
+    "subject_transform",
+    "persist_mode",
+    "subject_delete_marker_ttl",
+)
+
+
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Each option we rely on that is not as expected, in words.
+
+    The server leaves out what is off, so absent means False (or 0, or "").
+    """
+    wrong = [
+        f"{option}: expected {value!r}, found {found.get(option, type(value)())!r}"
+        for option, value in expected.items()
+        if option not in _FREE and found.get(option, type(value)()) != value
+    ]
+    unwanted = [option for option in _MUST_BE_UNSET if found.get(option)]
+    return wrong + [f"{option}: expected unset, found {found[option]!r}" for option in unwanted]
+
+
+async def ask(
+    bus: Bus, request: str, payload: Mapping[str, Any] | None, answer: type[T], timeout_s: float
+) -> T:
+    """Ask the JetStream API. Raises ApiFailed, Disconnected."""
+    body = b"" if payload is None else msgspec.json.encode(payload)
+    raw = await bus.js_api(request, body, timeout_s)
+    try:
+        failure = _read_failure(raw)
+        if failure.error is None:
+            return msgspec.json.decode(raw, type=answer)
+    except msgspec.DecodeError as error:
+        raise Disconnected(f"{request}: an answer that is not JetStream's: {raw[:200]!r}") from error
+    raise ApiFailed(request, failure.error)
+
+
+async def stream_info(bus: Bus, name: str, timeout_s: float) -> StreamInfo:
+    """Describe a stream. Raises LogGone if there is none, Disconnected."""
+    try:
+        return await ask(bus, f"STREAM.INFO.{name}", None, StreamInfo, timeout_s)
+    except ApiFailed as failed:
+        if failed.error.err_code == NO_STREAM:
+            raise LogGone(f"there is no stream {name}") from failed
+        raise Disconnected(str(failed)) from failed
+
+
+async def open_stream(bus: Bus, config: dict[str, Any], *, create: bool, timeout_s: float) -> StreamInfo:
+    """Describe the stream, creating it if it is missing and `create` is set, and check it.
+
+    Raises StreamMismatch naming every difference, LogGone if it is missing, Disconnected.
+    """
+    name = config["name"]
+    try:
+        info = await stream_info(bus, name, timeout_s)
+    except LogGone:
+        if not create:
+            raise
+        info = await _create(bus, config, timeout_s)
+    wrong = differences(config, info.config)
+    if wrong:
+        raise StreamMismatch(f"stream {name} is not as AgentFlow needs it: " + "; ".join(wrong))
+    return info
+
+
+async def _create(bus: Bus, config: dict[str, Any], timeout_s: float) -> StreamInfo:
+    name = config["name"]
+    try:
+        return await ask(bus, f"STREAM.CREATE.{name}", config, StreamInfo, timeout_s)
+    except ApiFailed as failed:
+        if failed.error.err_code == _NAME_IN_USE:  # somebody else was quicker
+            return await stream_info(bus, name, timeout_s)
+        raise OperatingError(f"cannot create stream {name}: {failed}") from failed
+
+
+def parse_time_ns(text: str) -> int:
+    """Nanoseconds since 1970 of an RFC 3339 UTC time, of which `datetime` keeps microseconds only."""
+    seconds = calendar.timegm(time.strptime(text[:19], "%Y-%m-%dT%H:%M:%S"))
+    fraction = text[20:].rstrip("Z") if text[19:20] == "." else ""
+    return seconds * 1_000_000_000 + int(fraction.ljust(9, "0")[:9] or 0)
