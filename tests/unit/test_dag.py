@@ -7,9 +7,10 @@ from itertools import pairwise, permutations
 from typing import TypeAlias
 
 import pytest
-from agentflow.domain import dag
 from hypothesis import given
 from hypothesis import strategies as st
+
+from agentflow.domain import dag
 
 DIAMOND = {"fetch": [], "build": ["fetch"], "test": ["fetch"], "ship": ["build", "test"]}
 LARGE = 100_000

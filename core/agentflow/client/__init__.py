@@ -1,0 +1,1 @@
+"""What users of AgentFlow call: the SDK and workflow files."""
