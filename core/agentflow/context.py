@@ -1,12 +1,12 @@
 """Which task is running here.
 
-A task's function asks `current()` for what it needs to know about itself, whether it runs on the worker's event
-loop, in one of its threads or in a child process:
+A task's function asks `current()` for what it needs to know about itself, whether it runs on the worker's
+event loop, in one of its threads or in a child process:
 
     from agentflow.context import current
 
     def charge(order: str) -> None:
-        key = f"{current().task_id}"          # the same in every attempt: an idempotency key
+        key = current().task_id      # the same in every attempt: an idempotency key
 
 Threads and processes that the function itself starts are outside of the task.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class TaskContext(msgspec.Struct, frozen=True, kw_only=True):
     """The attempt being run.
 
-    `attempt` counts from 1. `deadline` is the moment, in seconds of Unix time, at which the attempt times out.
+    `attempt` counts from 1. `deadline` is when the attempt times out, in seconds of Unix time.
     """
 
     task_id: str
@@ -46,8 +46,8 @@ def current() -> TaskContext:
         return _current.get()
     except LookupError:
         message = (
-            "agentflow.context.current() was called outside of a task: it knows only code that a worker runs, "
-            "not threads or processes started by that code"
+            "agentflow.context.current() was called outside of a task: it knows only code that a worker runs,"
+            " not threads or processes started by that code"
         )
         raise RuntimeError(message) from None
 

@@ -3,8 +3,8 @@
     Completed(value)                                    the JSON of the result
     Failed(kind, message, retryable, traceback_tail)    why there is none
 
-Whatever a task throws, returns, prints or dies of becomes one of the two, bounded in size and safe to write: no
-lone surrogates, no U+0000.
+Whatever a task throws, returns, prints or dies of becomes one of the two, bounded in size and safe to write:
+no lone surrogates, no U+0000.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from agentflow.checks import unsound
 from agentflow.errors import NonRetryable
+from agentflow.limits import DEPTH_MAX
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,13 +60,14 @@ Outcome = Completed | Failed
 
 _NULL = Completed(msgspec.Raw(b"null"))
 _encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder().decode
 
 
 def bounded(text: str, limit: int, *, tail: bool = False) -> str:
-    """`text` cut to `limit` bytes of UTF-8 (its end, if `tail`), with what cannot be written made visible.
+    r"""`text` cut to `limit` bytes of UTF-8 (its end, if `tail`), with what cannot be written made visible.
 
-    >>> bounded("a\\udc80b\\0", 100)
-    'a\\\\udc80b\ufffd'
+    >>> bounded("a\udc80b", 100)
+    'a\\udc80b'
     """
     text = text[-limit:] if tail else text[:limit]
     data = text.replace("\0", "\ufffd").encode("utf-8", "backslashreplace")
@@ -74,14 +77,23 @@ def bounded(text: str, limit: int, *, tail: bool = False) -> str:
 
 
 def completed(value: object) -> Outcome:
-    """The outcome of a function that returned `value`."""
+    """The outcome of a function that returned `value`.
+
+    What msgspec can encode is a result, within the limits of the contract: a task whose outcome the folds
+    quarantine would never end. A NaN inside of a list or an object becomes null.
+    """
     if value is None:
         return _NULL
     try:
-        return Completed(msgspec.Raw(_encode(value)))
+        encoded = _encode(value)
+        fault = unsound(value if isinstance(value, float) else _decode(encoded), DEPTH_MAX - 1)
     except Exception as error:  # noqa: BLE001 - an object may raise anything while it is being encoded
-        what = f"the result, a {type(value).__qualname__}, is no JSON: {_said(error)}"
-        return Failed("result", bounded(what, MESSAGE_BYTES_MAX), retryable=False)
+        fault = f"{type(error).__name__}: {_said(error)}"
+    else:
+        if fault is None:
+            return Completed(msgspec.Raw(encoded))
+    what = f"the result, a {type(value).__qualname__}, is no JSON that the log takes: {fault}"
+    return Failed("result", bounded(what, MESSAGE_BYTES_MAX), retryable=False)
 
 
 def failed(error: BaseException, non_retryable: Sequence[str] = ()) -> Failed:
@@ -163,7 +175,7 @@ def _names(kind: type[BaseException]) -> set[str]:
 
 def _traceback_tail(error: BaseException) -> str:
     try:
-        lines = traceback.format_exception(type(error), error, error.__traceback__, limit=-TRACEBACK_FRAMES_MAX)
+        lines = traceback.format_exception(error, limit=-TRACEBACK_FRAMES_MAX)
     except Exception:  # noqa: BLE001 - formatting calls the user's code
         return ""
     return bounded("".join(lines), TRACEBACK_BYTES_MAX, tail=True)

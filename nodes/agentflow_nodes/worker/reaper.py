@@ -62,7 +62,9 @@ def look_at(pid: int) -> Seen | None:
     if len(stat) < _STAT_FIELDS or stat[0] in b"ZX":
         return None
     environment = b"\0" + _read(f"/proc/{pid}/environ")
-    return Seen(pid, int(stat[3]), _variable(environment, TOKEN_VARIABLE), _variable(environment, MARK_VARIABLE))
+    return Seen(
+        pid, int(stat[3]), _variable(environment, TOKEN_VARIABLE), _variable(environment, MARK_VARIABLE)
+    )
 
 
 def census() -> list[Seen]:
