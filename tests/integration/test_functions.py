@@ -366,7 +366,7 @@ from agentflow_nodes.worker.functions import FunctionRunner
 from agentflow_nodes.worker.processes import ProcessRunner
 
 async def main():
-    async with ProcessRunner() as processes, FunctionRunner(threads=1, processes=1, mark=processes.mark) as runner:
+    async with ProcessRunner() as own, FunctionRunner(threads=1, processes=1, mark=own.mark) as runner:
         await runner.run(test_functions.hang_with_children, (sys.argv[1],), {}, mode="process")
 
 if __name__ == "__main__":

@@ -419,7 +419,8 @@ from agentflow_nodes.worker.processes import ProcessRunner, shell_argv
 async def main():
     runner = await ProcessRunner().__aenter__()
     script = "trap '' TERM; echo up; sleep 100; sleep 100"
-    run = asyncio.create_task(runner.run(shell_argv(script), env={"PATH": os.environ["PATH"]}, token=sys.argv[1]))
+    env = {"PATH": os.environ["PATH"]}
+    run = asyncio.create_task(runner.run(shell_argv(script), env=env, token=sys.argv[1]))
     await asyncio.sleep(0.2)
     assert not run.done()
     sys.exit(9)

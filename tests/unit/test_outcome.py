@@ -15,22 +15,22 @@ from agentflow_nodes.worker.processes import ProcessExit, shell_argv
 
 
 def exit_with(**fields: Any) -> ProcessExit:
-    return ProcessExit(**{"started_at_ms": 0, "duration_us": 1} | fields)
+    return ProcessExit(started_at_ms=0, duration_us=1, **fields)
 
 
 def raised(error: BaseException) -> BaseException:
     try:
         raise error
-    except BaseException as caught:
+    except BaseException as caught:  # noqa: BLE001
         return caught
 
 
-class Unprintable(Exception):
+class UnprintableError(Exception):
     def __str__(self) -> str:
         raise RuntimeError("no")
 
 
-class Special(ValueError): ...
+class SpecialError(ValueError): ...
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_circular_result_fails() -> None:
         (type("Mine", (NonRetryable,), {})("x"), (), False),
         (ValueError("x"), ("ValueError",), False),
         (ValueError("x"), ("builtins.ValueError",), False),
-        (Special("x"), ("ValueError",), False),
+        (SpecialError("x"), ("ValueError",), False),
         (KeyError("x"), ("ValueError",), True),
     ],
 )
@@ -102,7 +102,7 @@ def test_an_error_says_its_type_its_message_and_where() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        Unprintable(),
+        UnprintableError(),
         ValueError("\udc80\0"),
         ValueError("x" * 10_000_000),
         ExceptionGroup("g", [ValueError("\0")]),

@@ -88,10 +88,11 @@ def completed(value: object) -> Outcome:
         encoded = _encode(value)
         fault = unsound(value if isinstance(value, float) else _decode(encoded), DEPTH_MAX - 1)
     except Exception as error:  # noqa: BLE001 - an object may raise anything while it is being encoded
-        fault = f"{type(error).__name__}: {_said(error)}"
-    else:
-        if fault is None:
-            return Completed(msgspec.Raw(encoded))
+        return _no_result(value, f"{type(error).__name__}: {_said(error)}")
+    return Completed(msgspec.Raw(encoded)) if fault is None else _no_result(value, fault)
+
+
+def _no_result(value: object, fault: str) -> Failed:
     what = f"the result, a {type(value).__qualname__}, is no JSON that the log takes: {fault}"
     return Failed("result", bounded(what, MESSAGE_BYTES_MAX), retryable=False)
 

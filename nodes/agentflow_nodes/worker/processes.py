@@ -30,7 +30,6 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Self
@@ -39,11 +38,12 @@ import msgspec
 import structlog
 
 from agentflow_nodes.worker import reaper
+from agentflow_nodes.worker.cleanup import Census, Helper, uninterrupted, without_marks
 from agentflow_nodes.worker.outcome import MESSAGE_BYTES_MAX, bounded
 from agentflow_nodes.worker.reaper import MARK_VARIABLE, TOKEN_VARIABLE, kill_group
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
 PIPE_LINGER_S = 0.25
@@ -55,8 +55,6 @@ SWEEP_EVERY_S = 1.0
 KILL_POLL_S = 0.02
 KILL_WAIT_S = 5.0
 """How long a process may take to die of SIGKILL (it may hang in the kernel) before we go on without it."""
-
-REAPER_RESTARTS_MAX = 10
 
 _CHUNK_BYTES = 65536
 _CHUNKS_AT_EXIT_MAX = 64
@@ -234,14 +232,14 @@ class ProcessRunner:
         self._open = False
         self._buffer = memoryview(bytearray(_CHUNK_BYTES))
         self._null = -1
-        self._helper: _Reaper | None = None
+        self._helper: Helper | None = None
         self._janitor: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
         self._census = Census()
 
     async def __aenter__(self) -> Self:
         self._null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        self._helper = _Reaper(self.mark, self._children)
+        self._helper = Helper(self.mark, self._children)
         self._janitor = asyncio.create_task(self._sweep_regularly(), name="process-sweep")
         self._open = True
         self._idle.set()
@@ -258,7 +256,7 @@ class ProcessRunner:
         await uninterrupted(self._close(self._helper))
         self._helper = None
 
-    async def _close(self, helper: _Reaper) -> None:
+    async def _close(self, helper: Helper) -> None:
         await self._idle.wait()
         if self._janitor is not None:
             self._janitor.cancel()
@@ -376,7 +374,7 @@ class ProcessRunner:
             stdout=out_w,
             stderr=err_w,
             cwd=cwd,
-            env={TOKEN_VARIABLE: token, MARK_VARIABLE: self.mark, **_without_marks(env)},
+            env={TOKEN_VARIABLE: token, MARK_VARIABLE: self.mark, **without_marks(env)},
             close_fds=True,
             restore_signals=True,
             start_new_session=True,
@@ -452,43 +450,6 @@ def _of_attempts(tokens: set[bytes], seen: reaper.Seen) -> bool:
     return seen.token in tokens
 
 
-class Census:
-    """Looks through /proc in a thread, once for all who ask at the same time."""
-
-    def __init__(self) -> None:
-        self._turn = asyncio.Lock()
-        self._next: asyncio.Task[list[reaper.Seen]] | None = None
-
-    async def take(self) -> list[reaper.Seen]:
-        """The living processes, as of a moment after this call."""
-        if self._next is None:
-            self._next = asyncio.create_task(self._take(), name="process-census")
-        return await asyncio.shield(self._next)
-
-    async def sweep(self, accept: Callable[[reaper.Seen], bool]) -> int:
-        """Kill until nothing is left that `accept` agrees to; how many there were, roughly."""
-        killed = 0
-        for _ in range(reaper.SWEEP_PASSES_MAX):
-            found = [seen for seen in await self.take() if accept(seen)]
-            if not found:
-                break
-            for seen in found:
-                reaper.strike(seen, signal.SIGKILL)
-            killed += len(found)
-            await asyncio.sleep(KILL_POLL_S)
-        return killed
-
-    async def _take(self) -> list[reaper.Seen]:
-        try:
-            await self._turn.acquire()
-        finally:
-            self._next = None
-        try:
-            return await asyncio.to_thread(reaper.census)
-        finally:
-            self._turn.release()
-
-
 def _pidfd_of(popen: subprocess.Popen[bytes]) -> int:
     """A pidfd; without one (no descriptors left) the process cannot be watched and is ended at once."""
     try:
@@ -511,100 +472,3 @@ def _as_file(data: bytes) -> int:
         os.close(fd)
         raise
     return fd
-
-
-def _without_marks(env: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if name not in (TOKEN_VARIABLE, MARK_VARIABLE)}
-
-
-async def uninterrupted(work: Coroutine[None, None, None]) -> None:
-    """Await `work` to its end; a cancellation meanwhile is raised afterwards."""
-    task = asyncio.ensure_future(work)
-    cancelled = False
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            cancelled = True
-    if cancelled:
-        raise asyncio.CancelledError
-    task.result()
-
-
-class _Reaper:
-    """Our end of the reaper process; starts another one should it die."""
-
-    def __init__(self, mark: str, children: Mapping[int, _Child]) -> None:
-        self._mark = mark
-        self._children = children
-        self._restarts = 0
-        self._loop = asyncio.get_running_loop()
-        self._gone = asyncio.Event()
-        self._released = False
-        self._launch()
-
-    def started(self, pgid: int) -> None:
-        self._tell(b"+%d\n" % pgid)
-
-    def ended(self, pgid: int) -> None:
-        self._tell(b"-%d\n" % pgid)
-
-    async def release(self) -> None:
-        """Let the helper go and wait until it has gone."""
-        self._released = True
-        self._tell(b"q\n")
-        self._hang_up()
-        try:
-            async with asyncio.timeout(KILL_WAIT_S):
-                await self._gone.wait()
-        except TimeoutError:
-            self._popen.kill()
-            self._popen.wait()
-
-    def _launch(self) -> None:
-        read_end, self._pipe = os.pipe()
-        os.set_blocking(self._pipe, False)
-        try:
-            self._popen = subprocess.Popen(  # noqa: S603 - our own interpreter and file
-                [sys.executable, "-I", "-S", reaper.__file__, str(os.getpid()), self._mark],
-                stdin=read_end,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=_without_marks(os.environ),
-                cwd="/",
-                start_new_session=True,
-            )
-        finally:
-            os.close(read_end)
-        self._pidfd = os.pidfd_open(self._popen.pid)
-        self._loop.add_reader(self._pidfd, self._exited)
-        for pgid in self._children:
-            self.started(pgid)
-
-    def _hang_up(self) -> None:
-        if self._pipe >= 0:
-            os.close(self._pipe)
-            self._pipe = -1
-
-    def _tell(self, line: bytes) -> None:
-        """A full pipe means that the helper hangs: it is replaced. A broken one is noticed by its pidfd."""
-        try:
-            os.write(self._pipe, line)
-        except BlockingIOError:
-            self._popen.kill()
-        except OSError:
-            pass
-
-    def _exited(self) -> None:
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        status = self._popen.wait()
-        self._gone.set()
-        if self._released:
-            return
-        self._hang_up()
-        self._restarts += 1
-        _log.warning("reaper_died", status=status, restarts=self._restarts)
-        if self._restarts <= REAPER_RESTARTS_MAX:
-            self._gone.clear()
-            self._launch()
