@@ -17,8 +17,8 @@ Output is read as it comes and only its end is kept, so a program may print for 
 How processes are started was measured, `true` with 2 to 8 at a time on 2 cores under uvloop, per second:
 `asyncio.create_subprocess_exec` without pipes 740, with pipes 650; `subprocess.Popen` (vfork) in a new
 session with two pipes and a pidfd 1,950; `os.posix_spawn` with the same 2,150. Popen it is: posix_spawn can
-neither change the directory nor close inherited descriptors. All of `run`, beside other load: `true` 1,590 to
-1,690 and a shell's 1,550 to 1,670, where the bare asyncio loop did 450 to 540.
+neither change the directory nor close inherited descriptors. All of `run`, on a machine shared
+with other load, medians of six: `true` 1,640, `sh -ec true` 1,620, the bare asyncio loop 480.
 """
 
 from __future__ import annotations
