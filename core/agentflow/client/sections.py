@@ -8,7 +8,6 @@ How such messages are written: E. Czaplicki, "Compiler Errors for Humans" (elm-l
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 import reprlib
@@ -92,6 +91,8 @@ def shown(value: object) -> str:
 
 def suggestion(found: str, known: Iterable[str]) -> str:
     """Ask whether something similar was meant; empty if nothing is similar."""
+    import difflib  # noqa: PLC0415 - only when something is wrong already
+
     close = difflib.get_close_matches(found, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
