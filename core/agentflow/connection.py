@@ -284,7 +284,12 @@ class _Client(Client):
             task.cancel()
 
     def _tasks(self) -> list[asyncio.Task[None]]:
-        tasks = (self._reading_task, self._ping_interval_task, self._flusher_task)
+        # nats-py says Task, and not of what.
+        tasks: list[asyncio.Task[None] | None] = [
+            self._reading_task,  # pyright: ignore[reportUnknownMemberType]
+            self._ping_interval_task,  # pyright: ignore[reportUnknownMemberType]
+            self._flusher_task,  # pyright: ignore[reportUnknownMemberType]
+        ]
         return [task for task in tasks if task is not None]
 
 

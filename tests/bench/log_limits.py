@@ -25,6 +25,12 @@ from tests.servers import NatsServer
 _SUBJECT = "af.bench.task.submitted.cli"
 
 
+def report(what: str, count: int, before: float, cpu: float) -> None:
+    """Print the rate since `before` and what each message cost this process since `cpu`."""
+    rate = count / (time.perf_counter() - before)
+    print(f"{what}: {rate:,.0f}/s, {(time.process_time() - cpu) / count * 1e6:.1f} us of CPU each")
+
+
 async def append_alone(log: JetStreamLog, count: int) -> None:
     """One append in flight: what a person waits for."""
     taken_s: list[float] = []
@@ -41,16 +47,12 @@ async def append_parallel(log: JetStreamLog, count: int, writers: int) -> None:
 
     async def write(writer: int) -> None:
         for number in range(count // writers):
-            assert isinstance(
-                await log.append(Frame(_SUBJECT, b"x" * 500, f"p{writers}-{writer}-{number}")), Done
-            )
+            frame = Frame(_SUBJECT, b"x" * 500, f"p{writers}-{writer}-{number}")
+            assert isinstance(await log.append(frame), Done)
 
     before, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(write(writer) for writer in range(writers)))
-    rate = count / (time.perf_counter() - before)
-    print(
-        f"append, {writers} in flight: {rate:,.0f}/s, {(time.process_time() - cpu) / count * 1e6:.1f} us of CPU each"
-    )
+    report(f"append, {writers} in flight", count, before, cpu)
 
 
 async def append_batches(log: JetStreamLog, count: int, size: int) -> None:
@@ -59,10 +61,7 @@ async def append_batches(log: JetStreamLog, count: int, size: int) -> None:
     for batch in range(count // size):
         frames = [Frame(_SUBJECT, b"x" * 500, f"b{batch}-{number}") for number in range(size)]
         assert isinstance(await log.append_batch(frames), Done)
-    rate = count / (time.perf_counter() - before)
-    print(
-        f"append in batches of {size}: {rate:,.0f}/s, {(time.process_time() - cpu) / count * 1e6:.1f} us of CPU each"
-    )
+    report(f"append in batches of {size}", count, before, cpu)
 
 
 async def follow(log: JetStreamLog) -> None:
@@ -73,8 +72,7 @@ async def follow(log: JetStreamLog) -> None:
         read += len(messages)
         if messages[-1].seq >= last:
             break
-    rate = read / (time.perf_counter() - before)
-    print(f"follow: {rate:,.0f}/s, {(time.process_time() - cpu) / read * 1e6:.1f} us of CPU each")
+    report("follow", read, before, cpu)
 
 
 async def main(count: int) -> None:

@@ -27,7 +27,7 @@ from agentflow.log.port import Message
 from agentflow.log.stream import ApiFailed, StreamInfo, ask, stream_info
 
 _HEARTBEAT_S: Final = 1.0
-_SILENCE_S_MAX: Final = 3.0
+_HEARTBEATS_MISSED_MAX: Final = 3
 _INACTIVE_S: Final = 30.0
 _API_TIMEOUT_S: Final = 5.0
 _PAUSE_S_MAX: Final = 1.0
@@ -207,15 +207,19 @@ class _Reader:
         if not connected:
             self._restart("the connection was lost")
 
-    def _watch_silence(self) -> None:
+    def _watch_silence(self, silent: int = 0) -> None:
         self._heard = False
-        self._timer = asyncio.get_running_loop().call_later(_SILENCE_S_MAX, self._on_timer)
+        loop = asyncio.get_running_loop()
+        self._timer = loop.call_later(_HEARTBEAT_S, self._on_timer, silent)
 
-    def _on_timer(self) -> None:
+    def _on_timer(self, silent: int) -> None:
+        """Count the heartbeats that did not come."""
         if self._heard:
             self._watch_silence()
+        elif silent + 1 < _HEARTBEATS_MISSED_MAX:
+            self._watch_silence(silent + 1)
         else:
-            self._restart(f"nothing was heard for {_SILENCE_S_MAX} s")
+            self._restart(f"{_HEARTBEATS_MISSED_MAX} heartbeats did not come")
 
     def _restart(self, reason: str) -> None:
         _log.info("following anew", stream=self._opened.name, after=self._last_seq, reason=reason)

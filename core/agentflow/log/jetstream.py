@@ -19,15 +19,13 @@ import asyncio
 import itertools
 import random
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Final, Self
 
-from msgspec import Struct
-
 from agentflow import wire
 from agentflow.bus import Bus, Reply
-from agentflow.connection import Headers, parse_headers
+from agentflow.connection import Headers
 from agentflow.errors import Disconnected, LogGone
 from agentflow.log.follow import follow
 from agentflow.log.port import (
@@ -44,10 +42,8 @@ from agentflow.log.port import (
 from agentflow.log.publisher import NO_RESPONDERS, NOT_PERMITTED, Ack, ApiError, Publisher, read_ack
 from agentflow.log.stored import DUPLICATE_WINDOW_S, headers_of, is_stored_as, msg_id_of, oversize
 from agentflow.log.stream import (
-    NO_MESSAGE,
-    ApiFailed,
     StreamInfo,
-    ask,
+    get_message,
     log_config,
     open_stream,
     parse_time_ns,
@@ -90,20 +86,6 @@ _TIME: Final = "Nats-Time-Stamp"
 _ADDED: Final = frozenset(
     {_SUBJECT, _SEQUENCE, _TIME, "Nats-Stream", "Nats-Num-Pending", "Nats-Last-Sequence"}
 )
-
-
-class _Stored(Struct, frozen=True, gc=False):
-    """A message as STREAM.MSG.GET shows it."""
-
-    subject: str
-    seq: int
-    time: str
-    data: bytes = b""
-    hdrs: bytes = b""
-
-
-class _StoredAnswer(Struct, frozen=True, gc=False):
-    message: _Stored
 
 
 class _Write:
@@ -214,7 +196,7 @@ class JetStreamLog:
         """The last message on an exact subject, read from the stream's leader."""
         return await self._get({"last_by_subj": subject})
 
-    def follow(self, after: int, *, subjects: Sequence[str] = ()) -> AsyncIterator[list[Message]]:
+    def follow(self, after: int, *, subjects: Sequence[str] = ()) -> AsyncGenerator[list[Message], None]:
         """Everything after sequence `after`; see the port."""
         return follow(self._bus, self._open(), after, subjects)
 
@@ -275,7 +257,7 @@ class JetStreamLog:
     async def _judge_error(self, write: _Write, error: ApiError) -> Appended | None:
         reason = _reason(error)
         if reason is Reason.BUSY:
-            write.note(error.description, error.err_code)
+            write.note(error.description, error.err_code or error.code)
             return None
         found = await self._look(write, error)
         if found is not None:
@@ -357,20 +339,7 @@ class JetStreamLog:
     # Reading.
 
     async def _get(self, query: dict[str, int | str]) -> Message | None:
-        """Ask the stream's leader for one message. Raises LogGone, Disconnected."""
-        try:
-            answer = await ask(
-                self._bus, f"STREAM.MSG.GET.{self._stream}", query, _StoredAnswer, _READ_TIMEOUT_S
-            )
-        except ApiFailed as failed:
-            if failed.error.err_code == NO_MESSAGE:
-                return None
-            if _reason(failed.error) is Reason.GONE:
-                raise LogGone(str(failed)) from failed
-            raise Disconnected(str(failed)) from failed
-        stored = answer.message
-        headers = parse_headers(stored.hdrs) if stored.hdrs else None
-        return Message(stored.seq, parse_time_ns(stored.time), stored.subject, stored.data, headers)
+        return await get_message(self._bus, self._stream, query, _READ_TIMEOUT_S)
 
     async def _find_frame(self, frame: Frame, after: int) -> int | None:
         """Sequence of the frame's message id on the frame's subject after `after`, or None."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -246,7 +246,9 @@ class MemoryLog:
         """The last message on an exact subject."""
         return self._stream().last(subject)
 
-    async def follow(self, after: int, *, subjects: Sequence[str] = ()) -> AsyncIterator[list[Message]]:
+    async def follow(
+        self, after: int, *, subjects: Sequence[str] = ()
+    ) -> AsyncGenerator[list[Message], None]:
         """Everything after sequence `after`; see the port."""
         while True:
             stream = self._stream()
@@ -328,13 +330,17 @@ class MemoryLog:
 
 
 def _matches_any(patterns: Sequence[str], subject: str) -> bool:
-    return any(_matches(pattern.split("."), subject.split(".")) for pattern in patterns)
+    tokens = subject.split(".")
+    return any(_matches(pattern.split("."), tokens) for pattern in patterns)
 
 
 def _matches(pattern: list[str], subject: list[str]) -> bool:
-    for at, token in enumerate(pattern):
-        if token == ">":
-            return len(subject) > at
-        if at >= len(subject) or token not in ("*", subject[at]):
-            return False
-    return len(pattern) == len(subject)
+    """Whether a subject split at its dots matches a pattern split likewise."""
+    if pattern[-1] == ">":
+        head = len(pattern) - 1
+        return len(subject) > head and _matches_tokens(pattern[:head], subject[:head])
+    return len(pattern) == len(subject) and _matches_tokens(pattern, subject)
+
+
+def _matches_tokens(pattern: list[str], subject: list[str]) -> bool:
+    return all(wanted in ("*", found) for wanted, found in zip(pattern, subject, strict=True))

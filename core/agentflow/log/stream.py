@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from typing import Any, Final, TypeVar
 
 import msgspec
-from msgspec import Struct, field
+from msgspec import Struct
 
 from agentflow import wire
 from agentflow.bus import Bus
+from agentflow.connection import parse_headers
 from agentflow.errors import Disconnected, LogGone, OperatingError, StreamMismatch
-from agentflow.log.port import FRAME_BYTES_MAX, Identity
+from agentflow.log.port import FRAME_BYTES_MAX, Identity, Message
 from agentflow.log.publisher import ApiError
 from agentflow.log.stored import DUPLICATE_WINDOW_S
 
@@ -43,11 +44,11 @@ class _State(Struct, frozen=True, gc=False):
 class StreamInfo(Struct, frozen=True, gc=False):
     """What the server says of a stream."""
 
-    config: dict[str, Any] = field(default_factory=dict)
-    created: str = ""
+    config: dict[str, Any]
+    created: str
     ts: str = ""
     """The server's time of answering."""
-    state: _State = field(default_factory=_State)
+    state: _State = _State()
 
     @property
     def identity(self) -> Identity:
@@ -62,6 +63,20 @@ class StreamInfo(Struct, frozen=True, gc=False):
             bytes=state.bytes,
             bytes_max=self.config.get("max_bytes", -1),
         )
+
+
+class _Stored(Struct, frozen=True, gc=False):
+    """A message as STREAM.MSG.GET shows it."""
+
+    subject: str
+    seq: int
+    time: str
+    data: bytes = b""
+    hdrs: bytes = b""
+
+
+class _StoredAnswer(Struct, frozen=True, gc=False):
+    message: _Stored
 
 
 class _Failure(Struct, frozen=True, gc=False):
@@ -182,6 +197,23 @@ async def open_stream(bus: Bus, config: dict[str, Any], *, create: bool, timeout
     if wrong:
         raise StreamMismatch(f"stream {name} is not as AgentFlow needs it: " + "; ".join(wrong))
     return info
+
+
+async def get_message(
+    bus: Bus, stream: str, query: Mapping[str, int | str], timeout_s: float
+) -> Message | None:
+    """Ask a stream's leader for one message. Raises LogGone, Disconnected."""
+    try:
+        answer = await ask(bus, f"STREAM.MSG.GET.{stream}", query, _StoredAnswer, timeout_s)
+    except ApiFailed as failed:
+        if failed.error.err_code == NO_MESSAGE:
+            return None
+        if failed.error.err_code == NO_STREAM:
+            raise LogGone(str(failed)) from failed
+        raise Disconnected(str(failed)) from failed
+    stored = answer.message
+    headers = parse_headers(stored.hdrs) if stored.hdrs else None
+    return Message(stored.seq, parse_time_ns(stored.time), stored.subject, stored.data, headers)
 
 
 async def _create(bus: Bus, config: dict[str, Any], timeout_s: float) -> StreamInfo:

@@ -1,0 +1,188 @@
+"""The log's promises, kept by both adapters, and what is JetStream's alone."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import msgspec
+import pytest
+
+from agentflow import wire
+from agentflow.bus import Bus
+from agentflow.errors import LogGone, StreamMismatch
+from agentflow.log.jetstream import JetStreamLog
+from agentflow.log.memory import Fault, MemoryLog, MemoryServer
+from agentflow.log.port import Done, Frame, Log, Reason, Refused, Unknown
+from agentflow.log.stream import log_config
+from tests.eventually import eventually
+from tests.integration.log_conformance import NAMESPACE, SUBMITTED, LogConformance, Logs, frame, refusal
+from tests.servers import NatsServer
+
+STREAM = wire.stream(NAMESPACE)
+
+
+class MemoryLogs:
+    """Two handles on a log in memory."""
+
+    def __init__(self, server: MemoryServer, log: Log, other: Log) -> None:
+        self.log = log
+        self.other = other
+        self._server = server
+
+    async def recreate(self) -> None:
+        """Delete the stream and create it again, empty."""
+        self._server.delete(NAMESPACE)
+        self._server.create(NAMESPACE)
+
+    async def purge(self, before: int) -> None:
+        """Remove the messages before a sequence."""
+        self._server.streams[NAMESPACE].purge(before)
+
+
+class JetStreamLogs:
+    """Two handles on a log in JetStream."""
+
+    def __init__(self, bus: Bus, log: Log, other: Log) -> None:
+        self.log = log
+        self.other = other
+        self._bus = bus
+
+    async def recreate(self) -> None:
+        """Delete the stream and create it again, empty."""
+        await self._bus.js_api(f"STREAM.DELETE.{STREAM}", b"", 5)
+        async with JetStreamLog(self._bus, NAMESPACE):
+            pass
+
+    async def purge(self, before: int) -> None:
+        """Remove the messages before a sequence."""
+        await self._bus.js_api(f"STREAM.PURGE.{STREAM}", b'{"seq":%d}' % before, 5)
+
+
+class TestMemoryLog(LogConformance):
+    """The log in memory."""
+
+    @pytest.fixture
+    async def logs(self) -> AsyncIterator[Logs]:
+        """An empty log."""
+        server = MemoryServer()
+        async with MemoryLog(server, NAMESPACE) as log, MemoryLog(server, NAMESPACE) as other:
+            yield MemoryLogs(server, log, other)
+
+    async def test_a_message_id_is_forgotten_after_the_window(self) -> None:
+        server = MemoryServer()
+        async with MemoryLog(server, NAMESPACE) as log:
+            await log.append(frame(1))
+            server.advance(121)
+            assert await log.append(frame(1)) == Done(2)
+
+    async def test_faults_come_in_the_order_injected(self) -> None:
+        server = MemoryServer()
+        server.inject(
+            Fault.ACK_LOST, Fault.STORED_UNKNOWN, Fault.LOST_UNKNOWN, Refused(Reason.FULL, 10077, "full")
+        )
+        async with MemoryLog(server, NAMESPACE) as log:
+            assert await log.append(frame(1)) == Done(1, duplicate=True)
+            assert isinstance(await log.append(frame(2)), Unknown)
+            assert isinstance(await log.append(frame(3)), Unknown)
+            assert refusal(await log.append(frame(4))) is Reason.FULL
+            assert await log.find("cli.n0nce.2", after=0) == 2
+            assert await log.append(frame(3)) == Done(3)
+
+    async def test_a_log_that_went_back_is_gone(self) -> None:
+        server = MemoryServer()
+        async with MemoryLog(server, NAMESPACE) as log:
+            await log.append_batch([frame(n) for n in range(5)])
+            server.streams[NAMESPACE].truncate(3)
+            with pytest.raises(LogGone, match="went back: it ends at 3, 5 was seen"):
+                await anext(log.follow(5))
+
+    async def test_a_full_log_refuses(self) -> None:
+        async with MemoryLog(MemoryServer(), NAMESPACE, bytes_max=10) as log:
+            assert isinstance(await log.append(frame(1)), Done)
+            assert refusal(await log.append(frame(2))) is Reason.FULL
+
+
+class TestJetStreamLog(LogConformance):
+    """The log in JetStream."""
+
+    @pytest.fixture
+    async def logs(self, nats_server: NatsServer, bus: Bus) -> AsyncIterator[Logs]:
+        """An empty log, with its two handles on two connections."""
+        async with (
+            Bus(nats_server.url, name="other") as other_bus,
+            JetStreamLog(bus, NAMESPACE) as log,
+            JetStreamLog(other_bus, NAMESPACE) as other,
+        ):
+            yield JetStreamLogs(bus, log, other)
+
+    async def test_the_stream_is_configured_as_agreed(self, logs: Logs, bus: Bus) -> None:
+        del logs
+        info = msgspec.json.decode(await bus.js_api(f"STREAM.INFO.{STREAM}", b"", 5))
+        config = info["config"]
+        assert config["discard"] == "new"
+        assert config["deny_delete"] is True
+        assert config["max_consumers"] == 5000
+        assert config["duplicate_window"] == 120_000_000_000
+        assert not config["allow_rollup_hdrs"]
+        assert not config["allow_msg_ttl"]
+
+    async def test_every_difference_is_named(self, bus: Bus) -> None:
+        config = log_config(NAMESPACE, replicas=1, bytes_max=-1)
+        config |= {"deny_delete": False, "allow_rollup_hdrs": True, "max_consumers": 10, "max_age": 10**12}
+        await bus.js_api(f"STREAM.CREATE.{STREAM}", msgspec.json.encode(config), 5)
+        with pytest.raises(StreamMismatch) as raised:
+            await JetStreamLog(bus, NAMESPACE).__aenter__()
+        text = str(raised.value)
+        assert f"stream {STREAM}" in text
+        assert "deny_delete: expected True, found False" in text
+        assert "allow_rollup_hdrs: expected False, found True" in text
+        assert "max_consumers: expected 5000, found 10" in text
+        assert "max_age: expected 0, found 1000000000000" in text
+        assert "storage" not in text
+
+    async def test_a_missing_log_is_not_created_unasked(self, bus: Bus) -> None:
+        with pytest.raises(LogGone, match="there is no stream"):
+            await JetStreamLog(bus, NAMESPACE, create=False).__aenter__()
+
+    async def test_a_full_log_refuses(self, bus: Bus) -> None:
+        async with JetStreamLog(bus, NAMESPACE, bytes_max=10_000) as log:
+            fill = [await log.append(Frame(SUBMITTED, b"x" * 1000, f"fill.{n}")) for n in range(12)]
+            assert isinstance(fill[0], Done)
+            assert refusal(fill[-1]) is Reason.FULL
+
+    async def test_a_deleted_log_refuses(self, logs: Logs, bus: Bus) -> None:
+        await bus.js_api(f"STREAM.DELETE.{STREAM}", b"", 5)
+        assert refusal(await logs.log.append(frame(1), timeout_s=0.5)) is Reason.GONE
+        assert refusal(await logs.log.append_batch([frame(1), frame(2)], timeout_s=0.5)) is Reason.GONE
+        with pytest.raises(LogGone):
+            await logs.log.last(SUBMITTED)
+
+    async def test_what_may_not_be_published_is_denied_at_once(self) -> None:
+        users = """authorization { users: [
+            { user: admin, password: admin },
+            { user: reader, password: reader,
+              permissions: { publish: { deny: "af.>" }, subscribe: ">" } } ] }"""
+        async with NatsServer(extra=users) as server:
+            host = server.url.removeprefix("nats://")
+            async with (
+                Bus(f"nats://admin:admin@{host}", name="admin") as admin,
+                Bus(f"nats://reader:reader@{host}", name="reader") as reader,
+                JetStreamLog(admin, NAMESPACE),
+                JetStreamLog(reader, NAMESPACE) as log,
+            ):
+                assert refusal(await log.append(frame(1))) is Reason.DENIED
+
+    async def test_a_large_batch_is_stored(self, logs: Logs) -> None:
+        part = b"x" * 500_000
+        frames = [Frame(SUBMITTED, part, f"part.{n}") for n in range(40)]
+        assert await logs.log.append_batch(frames) == Done(40)
+
+    async def test_followers_leave_no_consumer_behind(self, logs: Logs, bus: Bus) -> None:
+        await logs.log.append(frame(1))
+        assert await logs.log.find("nobody", after=0) is None
+
+        async def none_left() -> bool:
+            info = msgspec.json.decode(await bus.js_api(f"STREAM.INFO.{STREAM}", b"", 5))
+            return bool(info["state"]["consumer_count"] == 0)
+
+        await eventually(none_left)
