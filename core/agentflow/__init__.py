@@ -1,1 +1,78 @@
-"""AgentFlow."""
+"""AgentFlow: tasks and DAG workflows on a pool of workers, event-sourced on NATS JetStream.
+
+    import agentflow
+
+    @agentflow.task
+    async def add(a: int, b: int) -> int:
+        return a + b
+
+    async with agentflow.Client() as client:
+        handle = await client.submit(add, 1, 2)
+        assert await handle.result() == 3
+"""
+
+from agentflow.client.client import Client, LoggedEvent
+from agentflow.client.files import WorkflowFile, load_workflow
+from agentflow.client.function import AsyncFunction, Function, SyncFunction, registered, task
+from agentflow.client.handle import Handle, WorkflowHandle
+from agentflow.client.outcome import Outcome
+from agentflow.client.workflow import Step, Workflow
+from agentflow.context import TaskContext, current
+from agentflow.errors import (
+    AgentFlowError,
+    AppendRefused,
+    AppendUnknown,
+    Disconnected,
+    InvalidRequest,
+    LogGone,
+    NonRetryable,
+    ObjectMissing,
+    OperatingError,
+    Rejection,
+    StreamMismatch,
+    SubmissionRejected,
+    TaskCancelled,
+    TaskError,
+    TaskFailed,
+    TaskSkipped,
+)
+from agentflow.events import Needs, Retry
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AgentFlowError",
+    "AppendRefused",
+    "AppendUnknown",
+    "AsyncFunction",
+    "Client",
+    "Disconnected",
+    "Function",
+    "Handle",
+    "InvalidRequest",
+    "LogGone",
+    "LoggedEvent",
+    "Needs",
+    "NonRetryable",
+    "ObjectMissing",
+    "OperatingError",
+    "Outcome",
+    "Rejection",
+    "Retry",
+    "Step",
+    "StreamMismatch",
+    "SubmissionRejected",
+    "SyncFunction",
+    "TaskCancelled",
+    "TaskContext",
+    "TaskError",
+    "TaskFailed",
+    "TaskSkipped",
+    "Workflow",
+    "WorkflowFile",
+    "WorkflowHandle",
+    "current",
+    "load_workflow",
+    "registered",
+    "task",
+]

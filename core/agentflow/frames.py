@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -270,14 +270,21 @@ def _short(error: BaseException) -> str:
 # Writing -----------------------------------------------------------------------------
 
 
-def compose(events: Sequence[Event]) -> list[bytes]:
+class Filled(NamedTuple):
+    """A frame's data and how many events it holds."""
+
+    data: bytes
+    count: int
+
+
+def compose(events: Sequence[Event]) -> list[Filled]:
     """The frames that carry `events`, in order, each as full as the limits allow.
 
     Raises TooLarge if an event does not fit a frame alone.
     """
     data = encode(events)
     if len(data) <= FRAME_BYTES_MAX and len(events) <= FRAME_EVENTS_MAX:
-        return [data] if events else []
+        return [Filled(data, len(events))] if events else []
     if len(events) == 1:
         raise TooLarge(f"the event takes {len(data)} bytes; at most {FRAME_BYTES_MAX} fit a frame")
     middle = min(len(events) // 2, FRAME_EVENTS_MAX)

@@ -14,6 +14,7 @@ the server memory for as long as its messages live.
 
 from __future__ import annotations
 
+import base64
 import re
 from typing import Final, NamedTuple
 
@@ -35,6 +36,11 @@ TTL: Final = "Nats-TTL"
 BATCH_ID: Final = "Nats-Batch-Id"
 BATCH_SEQ: Final = "Nats-Batch-Sequence"
 BATCH_COMMIT: Final = "Nats-Batch-Commit"
+# A message with it replaces all before it; on its subject, if the value is ROLLUP_SUBJECT.
+ROLLUP: Final = "Nats-Rollup"
+ROLLUP_SUBJECT: Final = "sub"
+# On what a direct get returns: the sequence of the message.
+SEQUENCE: Final = "Nats-Sequence"
 # Contract level of the message's events; absent means level 1, for ever.
 VERSION: Final = "Af-Version"
 # On every message of a leader: "<epoch> <basis> <log time, ms> <policy version>".
@@ -96,6 +102,28 @@ def heartbeat(namespace: str, worker: str) -> str:
 def object_bucket(namespace: str) -> str:
     """The object store bucket for arguments and results above the inline limit."""
     return f"AF_OBJECTS_{namespace}"
+
+
+def object_stream(namespace: str) -> str:
+    """The JetStream stream behind the object store bucket (ADR-20)."""
+    return f"OBJ_{object_bucket(namespace)}"
+
+
+def object_subjects(namespace: str) -> list[str]:
+    """The subject filters the bucket's stream captures: chunks, then meta messages."""
+    bucket = object_bucket(namespace)
+    return [f"$O.{bucket}.C.>", f"$O.{bucket}.M.>"]
+
+
+def object_chunks(namespace: str, nuid: str) -> str:
+    """The subject of the chunks of one upload."""
+    return f"$O.{object_bucket(namespace)}.C.{nuid}"
+
+
+def object_meta(namespace: str, name: str) -> str:
+    """The subject of an object's meta message."""
+    encoded = base64.urlsafe_b64encode(name.encode()).decode()
+    return f"$O.{object_bucket(namespace)}.M.{encoded}"
 
 
 def leader_lease(namespace: str) -> str:

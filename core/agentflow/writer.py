@@ -1,0 +1,226 @@
+"""The writer: one actor's way into the log.
+
+One frame is in flight at a time, so that what an actor says is stored in the order said.
+What is said meanwhile goes into the next frame: batches form by themselves, without a timer.
+
+A frame whose fate is unknown is repeated byte for byte until it is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Final, Self
+
+import structlog
+from msgspec import Struct
+
+from agentflow import wire
+from agentflow.errors import AppendRefused, AppendUnknown, InvalidRequest, OperatingError
+from agentflow.events import Event
+from agentflow.frames import TooLarge, compose
+from agentflow.log.port import Appended, Done, Frame, Log, Reason, Refused
+
+FRAME_EVENTS_GOOD: Final = 1_000
+"""Events that go into one frame at the most: larger ones would keep readers waiting."""
+_PAUSE_S_FIRST: Final = 0.05
+_PAUSE_S_MAX: Final = 2.0
+_RETRIED: Final = frozenset({Reason.BUSY})
+_RETRIED_FOR_EVER: Final = frozenset({Reason.BUSY, Reason.FULL, Reason.GONE, Reason.OTHER})
+
+# A worker's outcomes are independent of each other, but not of their own starts.
+_RANK: Final = {"task.started": 0, "task.completed": 1, "task.failed": 2, "task.declined": 3}
+
+_log = structlog.get_logger(__name__)
+
+
+class _Said(Struct):
+    """Something to write: events of one kind, or the frames of one atomic batch."""
+
+    kind: str
+    events: Sequence[Event]
+    told: asyncio.Future[int] | None
+    batch: Sequence[tuple[str, bytes]] = ()
+
+
+class Writer:
+    """Writes an actor's events. An async context manager; leaving it waits for what was said.
+
+    `patience_s` bounds how long a write may stay unknown before `write` raises; None: for
+    ever, for workers, whose outcomes nobody else knows. `grouped` lets events of one kind
+    overtake others where their order does not matter: a worker's.
+    """
+
+    def __init__(self, log: Log, actor: str, *, grouped: bool = False, patience_s: float | None = None) -> None:
+        self._log = log
+        self._actor = actor
+        self._grouped = grouped
+        self._patience_s = patience_s
+        self._nonce = secrets.token_urlsafe(9)
+        self._numbers = itertools.count(1)
+        self._queue: deque[_Said] = deque()
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name=f"writer {self._actor}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        task, self._task = self._task, None
+        if task is None:
+            return
+        task.cancel()
+        await asyncio.wait([task])
+        for said in self._queue:
+            if said.told is not None and not said.told.done():
+                said.told.set_exception(AppendUnknown("the writer was closed"))
+
+    def say(self, event: Event) -> None:
+        """Write an event sometime soon; failing is logged."""
+        self._enter(_Said(event.kind, (event,), None))
+
+    async def write(self, events: Sequence[Event]) -> int:
+        """Write events of one kind; the sequence of the message with the last of them.
+
+        Raises InvalidRequest if one is too large, AppendRefused, AppendUnknown.
+        """
+        return await self._enter_and_wait(_Said(events[0].kind, events, None))
+
+    async def write_batch(self, batch: Sequence[tuple[str, bytes]]) -> int:
+        """Write frames, given as kind and data, next to each other or not at all."""
+        return await self._enter_and_wait(_Said("", (), None, batch))
+
+    async def settled(self) -> None:
+        """Wait until everything said so far is written."""
+        await self._idle.wait()
+
+    async def _enter_and_wait(self, said: _Said) -> int:
+        said.told = asyncio.get_running_loop().create_future()
+        self._enter(said)
+        return await said.told
+
+    def _enter(self, said: _Said) -> None:
+        self._queue.append(said)
+        self._idle.clear()
+        self._wake.set()
+
+    async def _run(self) -> None:
+        while True:
+            while not self._queue:
+                self._idle.set()
+                self._wake.clear()
+                await self._wake.wait()
+            taken = self._take()
+            try:
+                seq = await self._store(taken)
+            except (OperatingError, InvalidRequest) as error:
+                _tell_error(taken, error)
+            else:
+                _tell(taken, seq)
+
+    def _take(self) -> list[_Said]:
+        """The next run of the same kind."""
+        queue = self._queue
+        if self._grouped and len(queue) > 1:
+            self._queue = queue = deque(sorted(queue, key=lambda said: _RANK.get(said.kind, len(_RANK))))
+        first = queue.popleft()
+        taken = [first]
+        count = len(first.events)
+        while queue and not first.batch and queue[0].kind == first.kind and not queue[0].batch:
+            count += len(queue[0].events)
+            if count > FRAME_EVENTS_GOOD:
+                break
+            taken.append(queue.popleft())
+        return taken
+
+    async def _store(self, taken: list[_Said]) -> int:
+        first = taken[0]
+        if first.batch:
+            return await self._store_batch(first.batch)
+        events = [event for said in taken for event in said.events] if len(taken) > 1 else first.events
+        seq = 0
+        for start in range(0, len(events), FRAME_EVENTS_GOOD):
+            try:
+                filled = compose(events[start : start + FRAME_EVENTS_GOOD])
+            except TooLarge as error:
+                raise InvalidRequest(str(error)) from error
+            except (TypeError, ValueError) as error:
+                raise InvalidRequest(f"not JSON: {error}") from error
+            for frame in filled:
+                seq = await self._store_frame(self._frame(first.kind, frame.data))
+        return seq
+
+    def _frame(self, kind: str, data: bytes) -> Frame:
+        return Frame(wire.event(self._log.namespace, kind, self._actor), data, self._new_msg_id())
+
+    def _new_msg_id(self) -> str:
+        return f"{self._actor}.{self._nonce}.{next(self._numbers)}"
+
+    async def _store_frame(self, frame: Frame) -> int:
+        pauses = _Pauses(self._patience_s)
+        while True:
+            done = self._judge(await self._log.append(frame), pauses)
+            if done is not None:
+                return done
+            await pauses.pause()
+
+    async def _store_batch(self, batch: Sequence[tuple[str, bytes]]) -> int:
+        frames = [self._frame(kind, data) for kind, data in batch]
+        pauses = _Pauses(self._patience_s)
+        while True:
+            done = self._judge(await self._log.append_batch(frames), pauses)
+            if done is not None:
+                return done
+            await pauses.pause()
+
+    def _judge(self, appended: Appended, pauses: _Pauses) -> int | None:
+        """The sequence, or None if it has to be tried again."""
+        if isinstance(appended, Done):
+            return appended.seq
+        if isinstance(appended, Refused):
+            retried = _RETRIED if self._patience_s is not None else _RETRIED_FOR_EVER
+            if appended.reason not in retried or pauses.spent:
+                raise AppendRefused(appended.code, f"{appended.reason}: {appended.detail}")
+        elif pauses.spent:
+            raise AppendUnknown(f"not acknowledged within {self._patience_s} s: {appended.detail}")
+        _log.debug("write repeated", actor=self._actor, why=appended.detail)
+        return None
+
+
+class _Pauses:
+    """Growing pauses, until patience runs out."""
+
+    def __init__(self, patience_s: float | None) -> None:
+        self._until = None if patience_s is None else asyncio.get_running_loop().time() + patience_s
+        self._pause_s = _PAUSE_S_FIRST
+
+    @property
+    def spent(self) -> bool:
+        return self._until is not None and asyncio.get_running_loop().time() >= self._until
+
+    async def pause(self) -> None:
+        await asyncio.sleep(self._pause_s)
+        self._pause_s = min(self._pause_s * 2, _PAUSE_S_MAX)
+
+
+def _tell(taken: Sequence[_Said], seq: int) -> None:
+    for said in taken:
+        if said.told is not None and not said.told.done():
+            said.told.set_result(seq)
+
+
+def _tell_error(taken: Sequence[_Said], error: Exception) -> None:
+    for said in taken:
+        if said.told is None:
+            _log.error("an event could not be written", kind=said.kind, error=str(error))
+        elif not said.told.done():
+            said.told.set_exception(error)

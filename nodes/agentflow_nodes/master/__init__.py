@@ -1,0 +1,1 @@
+"""The master: follows a namespace's log, stands by, and leads where it holds the lease."""

@@ -1,0 +1,71 @@
+"""The follower: the log, folded as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from agentflow import wire
+from agentflow.domain.fold import fold
+from agentflow.domain.state import Ended, Namespace
+from agentflow.frames import Judged, judge
+from agentflow.log.port import Log, Message
+
+SLICE_S: Final = 0.02
+"""Folding pauses this often to let the event loop do something else."""
+
+
+class Follower:
+    """Keeps a namespace's state. `on_folded` is called after each stretch with what ended in it."""
+
+    def __init__(self, log: Log, on_folded: Callable[[Sequence[Ended]], None]) -> None:
+        self.state: Final = Namespace(log.namespace)
+        self._log = log
+        self._on_folded = on_folded
+        self._folded_at = time.monotonic()
+        self._own: dict[str, tuple[bytes, Judged]] = {}
+
+    @property
+    def now_ms(self) -> int:
+        """Log time now: that of the last message folded, and what has passed since."""
+        return self.state.clock_ms + int((time.monotonic() - self._folded_at) * 1000)
+
+    def expect(self, msg_id: str, data: bytes, judged: Judged) -> None:
+        """A message about to be written by ourselves: it need not be judged again when read."""
+        self._own[msg_id] = (data, judged)
+
+    def forget(self) -> None:
+        """What was expected may never come."""
+        self._own.clear()
+
+    async def run(self) -> None:
+        """Fold for ever. Raises LogGone."""
+        async for messages in self._log.follow(self.state.seq):
+            await self._fold(messages)
+
+    async def _fold(self, messages: Sequence[Message]) -> None:
+        state = self.state
+        pause_at = time.monotonic() + SLICE_S
+        for message in messages:
+            fold(state, message.seq, message.time_ns, self._judge(message))
+            if time.monotonic() >= pause_at:
+                self._tell()
+                await asyncio.sleep(0)
+                pause_at = time.monotonic() + SLICE_S
+        self._tell()
+
+    def _judge(self, message: Message) -> Judged:
+        if self._own and message.headers is not None:
+            own = self._own.pop(message.headers.get(wire.MSG_ID, ""), None)
+            if own is not None and own[0] == message.data:
+                return own[1]
+        return judge(message.subject, message.data, message.headers)
+
+    def _tell(self) -> None:
+        self._folded_at = time.monotonic()
+        ended = self.state.ended
+        if ended:
+            self.state.ended = []
+        self._on_folded(ended)

@@ -1,0 +1,270 @@
+"""Leading: election, plan, fenced write, read-back, and again.
+
+A leader plans only on a fold that holds its own election and everything it wrote since.
+Its writes carry the fence; once the log refuses one because somebody else was elected, the
+term is over. A write whose fate is unknown ends the term too: the next election, read
+back, is the barrier behind which that fate is known.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import itertools
+import secrets
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import structlog
+from msgspec.structs import replace
+
+from agentflow import wire
+from agentflow.domain.plan import Plan, Silence, plan
+from agentflow.events import Event, LeaderElected, Policy, PolicyChanged, Role, TaskAssigned, TaskQuarantined
+from agentflow.frames import Decision, Judged, TooLarge, compose, encode
+from agentflow.log.port import Appended, Done, Fence, Frame, Log, Reason, Refused
+from agentflow_nodes.master.follower import Follower
+
+IN_FLIGHT_MAX: Final = 12
+"""Frames written at the same time on one replica; fenced writes to several exclude each other."""
+HOUSEKEEPING_S: Final = 5.0
+BYTES_CLOSED_SHARE: Final = 0.8
+"""Share of the log's hard limit at which submissions are turned away."""
+BYTES_OPEN_SHARE: Final = 0.7
+_WAKE_S_MAX: Final = 1.0
+_BUSY_PAUSE_S: Final = 0.005
+_FRAME_EVENTS: Final = 1_000
+
+_log = structlog.get_logger(__name__)
+
+
+class End(enum.Enum):
+    """Why a term ended."""
+
+    DEPOSED = "deposed"
+    """Somebody else was elected."""
+    DOUBT = "doubt"
+    """A write's fate is unknown, or the fence does not hold although nobody else leads."""
+
+
+class Leader:
+    """One term of one master. `silences` tells which workers have not been heard of for too long."""
+
+    def __init__(
+        self,
+        log: Log,
+        follower: Follower,
+        name: str,
+        policy: Policy,
+        replicas: int,
+        silences: Callable[[], Sequence[Silence]],
+    ) -> None:
+        self._log = log
+        self._follower = follower
+        self._name = name
+        self._policy = policy
+        self._replicas = replicas
+        self._silences = silences
+        self._nonce = secrets.token_urlsafe(9)
+        self._numbers = itertools.count(1)
+        self._wake = asyncio.Event()
+        self._fence = Fence(wire.elected(log.namespace), 0)
+        self._written_seq = 0
+        self.leading = False
+        """Whether the fold holds our election, and no later one."""
+        self.elected_seq = 0
+        self.deposed = False
+
+    def wake(self) -> None:
+        """Something was folded or observed."""
+        self._wake.set()
+
+    async def elect(self, *, after: int = 0) -> bool:
+        """Try to be elected; True once the election is read back and counts.
+
+        The compare-and-set is on whatever lies last on the subject, also if it is noise.
+        With `after`, the sequence of an earlier election of ours, a valid successor is not
+        contested: False, and `deposed` is set.
+        """
+        subject = wire.elected(self._log.namespace)
+        last = await self._log.last(subject)
+        last_seq = last.seq if last is not None else 0
+        await self._folded(last_seq)
+        if after and self._follower.state.elected_seq > after:
+            self.deposed = True
+            return False
+        epoch = self._follower.state.epoch + 1
+        data = encode([LeaderElected(epoch=epoch, master=self._name)])
+        frame = Frame(subject, data, self._new_msg_id())
+        appended = await self._log.append(frame, fence=Fence(subject, last_seq))
+        if not isinstance(appended, Done):
+            _log.info("not elected", master=self._name, epoch=epoch, why=appended.detail)
+            return False
+        await self._folded(appended.seq)
+        state = self._follower.state
+        self._fence = Fence(subject, appended.seq)
+        self._written_seq = self.elected_seq = appended.seq
+        self.leading = state.epoch == epoch and state.elected_seq == appended.seq
+        _log.info("elected", master=self._name, epoch=epoch, seq=appended.seq, counts=self.leading)
+        return self.leading
+
+    async def lead(self) -> End:
+        """Plan and write until the term ends."""
+        if replace(self._follower.state.policy, version=0) != replace(self._policy, version=0, accepting=True):
+            end = await self._change_policy(accepting=True)
+            if end is not None:
+                return self._over(end)
+        keeper = asyncio.create_task(self._keep_house(), name="housekeeping")
+        try:
+            while True:
+                end = await self._step()
+                if end is not None:
+                    return self._over(end)
+        finally:
+            self.leading = False
+            keeper.cancel()
+            await asyncio.wait([keeper])
+
+    def _over(self, end: End) -> End:
+        self.leading = False
+        self._follower.forget()
+        _log.info("term over", master=self._name, why=end.value)
+        return end
+
+    async def _step(self) -> End | None:
+        state = self._follower.state
+        if state.elected_seq != self._fence.seq:
+            return End.DEPOSED
+        self._wake.clear()
+        if state.seq < self._written_seq:
+            await self._wake.wait()
+            return None
+        now_ms = self._follower.now_ms
+        made = plan(state, now_ms, self._silences())
+        if made:
+            return await self._write(made, now_ms)
+        wait_s = _WAKE_S_MAX if made.wake_ms is None else min(max(made.wake_ms - now_ms, 1) / 1000, _WAKE_S_MAX)
+        timer = asyncio.get_running_loop().call_later(wait_s, self._wake.set)
+        await self._wake.wait()
+        timer.cancel()
+        return None
+
+    async def _write(self, made: Plan, now_ms: int) -> End | None:
+        state = self._follower.state
+        decision = Decision(state.epoch, state.seq, now_ms, state.policy.version)
+        frames = [
+            frame
+            for (kind, actor), events in made.decisions.items()
+            for frame in self._frames(kind, actor, events, decision)
+        ]
+        if self._replicas > 1:
+            for frame in frames:
+                end = self._judge_append(await self._append(frame))
+                if end is not None:
+                    return end
+            return None
+        for start in range(0, len(frames), IN_FLIGHT_MAX):
+            stretch = frames[start : start + IN_FLIGHT_MAX]
+            if len(stretch) == 1:
+                ends = [self._judge_append(await self._append(stretch[0]))]
+            else:
+                appended = await asyncio.gather(*map(self._append, stretch))
+                ends = [self._judge_append(done) for done in appended]
+            for end in ends:
+                if end is not None:
+                    return end
+        return None
+
+    def _frames(self, kind: str, actor: str, events: list[Event], decision: Decision) -> list[Frame]:
+        subject = wire.event(self._log.namespace, kind, actor)
+        headers = {wire.DECISION: decision.header()}
+        role = Role.LEADER
+        frames = []
+        for start in range(0, len(events), _FRAME_EVENTS):
+            chunk = events[start : start + _FRAME_EVENTS]
+            try:
+                filled = compose(chunk)
+            except TooLarge:
+                frames += self._frames_one_by_one(chunk, decision)
+                continue
+            place = 0
+            for data, count in filled:
+                msg_id = self._new_msg_id()
+                judged = Judged(kind, actor, role, chunk[place : place + count], None, decision)
+                self._follower.expect(msg_id, data, judged)
+                frames.append(Frame(subject, data, msg_id, headers))
+                place += count
+        return frames
+
+    def _frames_one_by_one(self, events: list[Event], decision: Decision) -> list[Frame]:
+        """Decisions one of which does not fit a frame: that one fails its task, once."""
+        frames: list[Frame] = []
+        for event in events:
+            actor = self._worker_of(event)
+            try:
+                compose([event])
+            except TooLarge as error:
+                given_up = TaskQuarantined(id=getattr(event, "id", ""), reason="too_large", detail=str(error))
+                frames += self._frames(given_up.kind, self._name, [given_up], decision)
+            else:
+                frames += self._frames(event.kind, actor, [event], decision)
+        return frames
+
+    def _worker_of(self, event: Event) -> str:
+        if isinstance(event, TaskAssigned):
+            workers = self._follower.state.workers.values()
+            return next((worker.name for worker in workers if worker.incarnation == event.incarnation), self._name)
+        return self._name
+
+    async def _append(self, frame: Frame) -> Appended:
+        while True:
+            appended = await self._log.append(frame, fence=self._fence)
+            if isinstance(appended, Refused) and appended.reason in (Reason.BUSY, Reason.FULL):
+                _log.warning("write repeated", why=appended.reason, detail=appended.detail)
+                await asyncio.sleep(_BUSY_PAUSE_S)
+                continue
+            return appended
+
+    def _judge_append(self, appended: Appended) -> End | None:
+        if isinstance(appended, Done):
+            self._written_seq = max(self._written_seq, appended.seq)
+            return None
+        _log.warning("a decision was not written", why=appended.detail)
+        return End.DOUBT
+
+    async def _change_policy(self, *, accepting: bool) -> End | None:
+        state = self._follower.state
+        policy = replace(self._policy, version=state.policy.version + 1, accepting=accepting)
+        decisions: dict[tuple[str, str], list[Event]] = {
+            (PolicyChanged.kind, self._name): [PolicyChanged(policy=policy)]
+        }
+        end = await self._write(Plan(decisions, None), self._follower.now_ms)
+        if end is None:
+            await self._folded(self._written_seq)
+        return end
+
+    async def _keep_house(self) -> None:
+        """Turn submissions away while the log is nearly full, so that outcomes still have room."""
+        while True:
+            await asyncio.sleep(HOUSEKEEPING_S)
+            try:
+                identity = await self._log.identity()
+            except Exception as error:  # noqa: BLE001 - the follower meets the same trouble and judges it
+                _log.warning("the log's size is not known", error=str(error))
+                continue
+            if identity.bytes_max <= 0:
+                continue
+            share = identity.bytes / identity.bytes_max
+            accepting = self._follower.state.policy.accepting
+            if (accepting and share > BYTES_CLOSED_SHARE) or (not accepting and share < BYTES_OPEN_SHARE):
+                _log.warning("the log's fill level changed", share=round(share, 3), accepting=not accepting)
+                await self._change_policy(accepting=not accepting)
+
+    async def _folded(self, seq: int) -> None:
+        """Wait until everything up to `seq` is folded."""
+        while self._follower.state.seq < seq:
+            self._wake.clear()
+            await self._wake.wait()
+
+    def _new_msg_id(self) -> str:
+        return f"{self._name}.{self._nonce}.{next(self._numbers)}"

@@ -1,0 +1,141 @@
+"""Materials: what an assignment needs beyond itself, fetched and put in place.
+
+Arguments too large for the fold lie in the submission, those too large for the log in the
+object store; results of dependencies lie wherever their outcome put them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from agentflow import frames
+from agentflow.domain.workflows import AT_KEY, RESULT_KEY
+from agentflow.errors import ObjectMissing, Rejection
+from agentflow.events import (
+    Input,
+    TaskAssigned,
+    TaskCompleted,
+    TaskSubmitted,
+    Work,
+    WorkflowPart,
+    WorkflowSubmitted,
+)
+from agentflow.ids import TASK_SEPARATOR
+from agentflow.log.port import Log
+from agentflow.objects import ObjectStore
+
+_decode: Final = frames.decode_any
+
+
+class Materials(Struct, frozen=True):
+    """What is run, with every value in place."""
+
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    argv: Sequence[Any]
+    env: Mapping[str, Any]
+
+
+class BadInput(Rejection):
+    """A reference points at nothing."""
+
+
+def plain(assigned: TaskAssigned) -> bool:
+    """Whether everything is in the assignment itself."""
+    return not assigned.seq and not assigned.inputs and assigned.object is None
+
+
+def inline(assigned: TaskAssigned) -> Materials:
+    """The materials of a plain assignment."""
+    return Materials(
+        _decoded(assigned.args, []), _decoded(assigned.kwargs, {}), _decoded(assigned.argv, []), _decoded(assigned.env, {})
+    )
+
+
+async def gather(log: Log, objects: ObjectStore, assigned: TaskAssigned) -> Materials:
+    """Fetch and put in place. Raises ObjectMissing, Disconnected, BadInput."""
+    found = inline(assigned)
+    if assigned.seq:
+        work = await _submitted(log, assigned)
+        found = Materials(work.args, work.kwargs, work.argv, work.env)
+    if assigned.object is not None:
+        given = _decode(await objects.get(assigned.object))
+        found = msgspec.structs.replace(found, args=given.get("args", []), kwargs=given.get("kwargs", {}))
+    if not assigned.inputs:
+        return found
+    results = {task_id: await _result(log, objects, given) for task_id, given in assigned.inputs.items()}
+    return Materials(
+        _filled(found.args, results),
+        _filled(found.kwargs, results),
+        _filled(found.argv, results),
+        _filled(found.env, results),
+    )
+
+
+def _decoded(raw: Raw | UnsetType, default: Any) -> Any:
+    return default if raw is UNSET else _decode(raw)  # type: ignore[arg-type]
+
+
+async def _item(log: Log, seq: int, index: int) -> Any:
+    message = await log.read(seq)
+    if message is None:
+        raise ObjectMissing(f"the log no longer holds position {seq}")
+    items = frames.judge(message.subject, message.data, message.headers).items
+    if not 0 <= index < len(items):
+        raise ObjectMissing(f"the message at {seq} has no event {index}")
+    return items[index]
+
+
+async def _submitted(log: Log, assigned: TaskAssigned) -> Work:
+    item = await _item(log, assigned.seq, assigned.index)
+    if isinstance(item, TaskSubmitted):
+        return item
+    if isinstance(item, WorkflowSubmitted | WorkflowPart):
+        wanted = assigned.id.rpartition(TASK_SEPARATOR)[2]
+        for task in item.tasks:
+            if task.task_id == wanted:
+                return task
+    raise ObjectMissing(f"the submission of {assigned.id} is not at {assigned.seq}, {assigned.index}")
+
+
+async def _result(log: Log, objects: ObjectStore, given: Input) -> Any:
+    if given.value is not UNSET:
+        return _decode(given.value)  # type: ignore[arg-type]
+    item = await _item(log, given.seq, given.index)
+    if not isinstance(item, TaskCompleted):
+        raise ObjectMissing(f"no result lies at {given.seq}, {given.index}")
+    if item.object is not None:
+        return _decode(await objects.get(item.object))
+    return _decoded(item.result, None)
+
+
+def _filled(value: Any, results: Mapping[str, Any]) -> Any:
+    """The value with every reference replaced by the result it names."""
+    if isinstance(value, dict):
+        named = value.get(RESULT_KEY)
+        if isinstance(named, str) and value.keys() <= {RESULT_KEY, AT_KEY}:
+            return _pointed(results[named], value.get(AT_KEY, ""), named)
+        return {key: _filled(item, results) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, results) for item in value]
+    return value
+
+
+def _pointed(value: Any, pointer: str, task_id: str) -> Any:
+    """The part of a result that a JSON pointer names (RFC 6901)."""
+    for token in pointer.split("/")[1:]:
+        key = token.replace("~1", "/").replace("~0", "~")
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise BadInput(f"the result of {task_id} has nothing at {pointer!r}") from error
+    return value
+
+
+def as_text(value: Any) -> str:
+    """A value as an environment variable or program argument: text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else frames.encode(value).decode()
