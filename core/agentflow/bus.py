@@ -32,6 +32,8 @@ from agentflow.errors import Disconnected, OperatingError
 _PAUSE_S_FIRST: Final = 0.1
 _PAUSE_S_MAX: Final = 2.0
 _ATTEMPT_TIMEOUT_S: Final = 5.0
+# A connection that ends sooner counts as a failed attempt.
+_LIFE_S_MIN: Final = 5.0
 # Connections are checked this often for a death that gave no sign.
 _WATCH_INTERVAL_S: Final = 1.0
 
@@ -99,6 +101,7 @@ class Bus:
         self._keeper: asyncio.Task[None] | None = None
         self._up = asyncio.Event()
         self._adopted = False
+        self._failures = 0
         self._untried: list[str] = []
         self._last_error = "no attempt was made"
         self._subscriptions: dict[int, Subscription] = {}
@@ -108,6 +111,7 @@ class Bus:
 
     async def __aenter__(self) -> Self:
         self._keeper = asyncio.create_task(self._keep(), name=f"bus {self.name}")
+        self._keeper.add_done_callback(lambda _: self._up.set())  # nobody shall wait for ever
         try:
             await self.wait_connected(self._connect_timeout_s)
             await self.subscribe(self._inbox.prefix + "*", self._inbox.on_message)
@@ -147,9 +151,18 @@ class Bus:
         if self.connected:
             return
         try:
-            await asyncio.wait_for(self._up.wait(), timeout_s)
+            await asyncio.wait_for(self._wait_connected(), timeout_s)
         except TimeoutError as error:
             raise Disconnected(f"no connection to NATS within {timeout_s} s: {self._last_error}") from error
+
+    async def _wait_connected(self) -> None:
+        while not self.connected:
+            if self._keeper is None or self._keeper.done():
+                raise Disconnected(f"the bus {self.name} is closed")
+            if self._connection is None:
+                await self._up.wait()
+            else:  # dead, and the keeper is about to notice
+                await asyncio.sleep(0)
 
     async def wait_writable(self) -> None:
         """Wait while more bytes wait to be sent than the network takes. Raises Disconnected."""
@@ -234,18 +247,23 @@ class Bus:
 
     async def _keep(self) -> None:
         """Connect, serve, notice the end, and again: for as long as the bus is open."""
+        loop = asyncio.get_running_loop()
         while True:
             connection = await self._connect()
+            since = loop.time()
             self._adopt(connection)
             await self._wait_dead(connection)
             self._lose()
             connection.abort()
+            lived = loop.time() - since > _LIFE_S_MIN
+            self._failures = 0 if lived else self._failures + 1
 
     async def _connect(self) -> Connection:
         """Try the servers in random order, with growing pauses, until one answers."""
         for attempt in itertools.count():
+            # The very first needs no pause; all who lost the same server do.
             if attempt or self._adopted:
-                await asyncio.sleep(_pause_s(attempt))
+                await asyncio.sleep(_pause_s(attempt + self._failures))
             if not self._untried:
                 self._untried = random.sample(self._urls, len(self._urls)) + self._discovered
             connection = Connection(self._on_error)
@@ -253,7 +271,8 @@ class Bus:
                 await connection.open(self._untried.pop(0), name=self.name, timeout_s=_ATTEMPT_TIMEOUT_S)
             except Disconnected as error:
                 self._last_error = str(error)
-                _log.warning("cannot connect", bus=self.name, error=str(error))
+                if attempt & (attempt - 1) == 0:  # the first, second, fourth, eighth ...
+                    _log.warning("cannot connect", bus=self.name, attempt=attempt + 1, error=str(error))
             else:
                 return connection
         raise AssertionError("attempts are not limited")

@@ -62,6 +62,7 @@ class Connection:
         self.dead: Final = asyncio.Event()
         """Set once, when the connection has ended for whatever reason."""
         self._on_error = on_error
+        self._open = False
         self._transport = _Transport(self._die)
         self._client = _Client(self._transport)
         self._unsent: list[bytes] = []
@@ -77,6 +78,7 @@ class Connection:
         except BaseException:
             self.abort()
             raise
+        self._open = True
         self._client.on_end(self._die)
 
     @property
@@ -173,7 +175,8 @@ class Connection:
         )
 
     async def _on_client_error(self, error: Exception) -> None:
-        self._on_error(str(error))
+        if self._open:  # before, it is raised
+            self._on_error(str(error) or repr(error))
 
     def _die(self) -> None:
         self.dead.set()

@@ -245,3 +245,15 @@ class LogConformance:
         identity = await logs.log.identity()
         assert (identity.first_seq, identity.last_seq) == (4, 5)
         assert await logs.log.read(3) is None
+
+    async def test_an_emptied_log_goes_on_where_it_was(self, logs: Logs) -> None:
+        for number in range(1, 4):
+            await logs.log.append(frame(number))
+        await logs.purge(before=4)
+        identity = await logs.log.identity()
+        assert (identity.first_seq, identity.last_seq) == (4, 3)
+        with pytest.raises(LogGone):
+            await take(logs.log, 2, 1)
+        reading = asyncio.create_task(take(logs.log, 3, 1))
+        assert await logs.log.append(frame(4)) == Done(4)
+        assert [each.seq for each in await reading] == [4]

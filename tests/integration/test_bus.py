@@ -153,3 +153,25 @@ async def test_an_error_that_ends_the_connection_is_survived(nats_server: NatsSe
     connection._write(b"NONSENSE\r\n")  # noqa: SLF001
     await eventually(lambda: bus._connection is not connection and bus.connected)  # noqa: SLF001
     assert nats_server.name in (await bus.request("$SYS.REQ.USER.INFO", b"", 5)).decode()
+
+
+async def test_a_closed_bus_keeps_nobody_waiting(nats_server: NatsServer) -> None:
+    async with Bus(nats_server.url, name="short") as bus:
+        await nats_server.kill()
+        await eventually(lambda: not bus.connected)
+        waiting = asyncio.create_task(bus.wait_connected())
+        asking = asyncio.create_task(bus.request("a", b"", 3600))
+        await asyncio.sleep(0)
+    for task in (waiting, asking):
+        with pytest.raises(Disconnected, match="is closed"):
+            await task
+
+
+async def test_what_was_published_before_the_end_is_sent(nats_server: NatsServer, bus: Bus) -> None:
+    heard = Heard()
+    await bus.subscribe("last", heard)
+    await bus.js_api("INFO", b"", 5)
+    async with Bus(nats_server.url, name="short") as short:
+        for _ in range(100):
+            short.publish("last", b"x" * 10_000)
+    await eventually(lambda: len(heard.messages) == 100)

@@ -112,7 +112,7 @@ async def ids(log: JetStreamLog) -> list[str]:
 
 
 async def write_while(log: JetStreamLog, fault: asyncio.Task[None]) -> int:
-    """Append one by one until the fault is over; how many were written."""
+    """Append one by one until the fault is over, and say how many."""
     number = 0
     while not fault.done():
         number += 1

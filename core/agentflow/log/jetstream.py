@@ -26,7 +26,7 @@ from typing import Final, Self
 from agentflow import wire
 from agentflow.bus import Bus, Reply
 from agentflow.connection import Headers
-from agentflow.errors import Disconnected, LogGone
+from agentflow.errors import Disconnected, LogGone, StreamMismatch
 from agentflow.log.follow import follow
 from agentflow.log.port import (
     Appended,
@@ -42,6 +42,7 @@ from agentflow.log.port import (
 from agentflow.log.publisher import NO_RESPONDERS, NOT_PERMITTED, Ack, ApiError, Publisher, read_ack
 from agentflow.log.stored import DUPLICATE_WINDOW_S, headers_of, is_stored_as, msg_id_of, oversize
 from agentflow.log.stream import (
+    MESSAGE_BYTES_MAX,
     StreamInfo,
     get_message,
     log_config,
@@ -58,6 +59,8 @@ _OPEN_TIMEOUT_S: Final = 10.0
 _READ_TIMEOUT_S: Final = 5.0
 # An answer not here by then was probably lost; asking again is harmless.
 _ATTEMPT_TIMEOUT_S: Final = 2.0
+# What even a slow disk stores of a large batch.
+_BYTES_PER_S_MIN: Final = 10 * 1024 * 1024
 # Repeating must end while the server surely remembers the message ids.
 _REPEAT_S_MAX: Final = DUPLICATE_WINDOW_S - 20.0
 _PAUSE_S_FIRST: Final = 0.002
@@ -143,6 +146,11 @@ class JetStreamLog:
         self._last_known = 0
 
     async def __aenter__(self) -> Self:
+        await self._bus.wait_connected(_OPEN_TIMEOUT_S)
+        if self._bus.max_payload < MESSAGE_BYTES_MAX:
+            raise StreamMismatch(
+                f"the server's max_payload is {self._bus.max_payload}, expected {MESSAGE_BYTES_MAX} or more"
+            )
         self._opened = await open_stream(
             self._bus, self._config, create=self._create, timeout_s=_OPEN_TIMEOUT_S
         )
@@ -262,6 +270,10 @@ class JetStreamLog:
         found = await self._look(write, error)
         if found is not None:
             return found
+        if write.in_doubt and error.err_code == _KNOWN_ID_IN_BATCH:
+            # Replicas know an id before its message can be read.
+            write.note(error.description, error.err_code)
+            return None
         if write.in_doubt and reason is not Reason.FENCED:
             return Unknown(f"an earlier attempt may arrive yet; the last was refused: {error.description}")
         return Refused(reason, error.err_code or error.code, error.description)
@@ -273,17 +285,17 @@ class JetStreamLog:
         first = write.frames[0]
         if error.err_code == _KNOWN_ID_IN_BATCH:
             after = min(write.after, await self._seq_before_window())
+        elif write.fence is not None and write.fence.subject == first.subject:
+            # A repeated compare-and-set is refused because of itself, in this call or an earlier one.
+            after = write.fence.seq
         elif write.in_doubt:
             after = write.after
-        elif write.fence is not None and write.fence.subject == first.subject:
-            # A repeated compare-and-set is refused because of itself.
-            after = write.fence.seq
         else:
             return None
         at = await self._find_frame(first, after)
         if at is None:
-            known = error.err_code == _KNOWN_ID_IN_BATCH
-            return Refused(Reason.FOREIGN_ID, error.err_code, error.description) if known else None
+            foreign = error.err_code == _KNOWN_ID_IN_BATCH and not write.in_doubt
+            return Refused(Reason.FOREIGN_ID, error.err_code, error.description) if foreign else None
         return await self._judge_duplicate(write, at + len(write.frames) - 1)
 
     async def _judge_duplicate(self, write: _Write, last_seq: int) -> Appended:
@@ -308,7 +320,8 @@ class JetStreamLog:
         return write.given_up()
 
     async def _send(self, write: _Write) -> Ack:
-        timeout_s = max(min(write.left_s, _ATTEMPT_TIMEOUT_S), 0.0)
+        size = sum(len(frame.data) for frame in write.frames)
+        timeout_s = max(min(write.left_s, _ATTEMPT_TIMEOUT_S + size / _BYTES_PER_S_MIN), 0.0)
         if len(write.frames) > 1:
             return await self._send_batch(write.frames, write.fence, timeout_s)
         (frame,) = write.frames

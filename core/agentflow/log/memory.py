@@ -258,7 +258,7 @@ class MemoryLog:
                 raise LogGone(
                     f"stream {stream.name} went back: it ends at {stream.last_seq}, {after} was seen"
                 )
-            if not subjects and stream.first_seq > after + 1 and stream.messages:
+            if not subjects and stream.first_seq > after + 1:
                 raise LogGone(f"stream {stream.name} begins at {stream.first_seq}, {after + 1} is wanted")
             if stream.last_seq == after:
                 await stream.wait()

@@ -24,8 +24,8 @@ from agentflow.log.stored import DUPLICATE_WINDOW_S
 
 # A named limit: unset means 1,000 on a current server.
 _CONSUMERS_MAX: Final = 5000
-# Data and headers of one message.
-_MESSAGE_BYTES_MAX: Final = FRAME_BYTES_MAX + 64 * 1024
+MESSAGE_BYTES_MAX: Final = FRAME_BYTES_MAX + 64 * 1024
+"""Most bytes of data and headers of one message."""
 
 NO_MESSAGE: Final = 10037
 NO_STREAM: Final = 10059
@@ -107,7 +107,7 @@ def log_config(namespace: str, *, replicas: int, bytes_max: int) -> dict[str, An
         "max_msgs": -1,
         "max_msgs_per_subject": -1,
         "max_age": 0,
-        "max_msg_size": _MESSAGE_BYTES_MAX,
+        "max_msg_size": MESSAGE_BYTES_MAX,
         "max_consumers": _CONSUMERS_MAX,
         "duplicate_window": DUPLICATE_WINDOW_S * 1_000_000_000,
         "compression": "none",
