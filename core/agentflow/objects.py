@@ -1,0 +1,679 @@
+"""Large arguments and results: a standard JetStream object store bucket.
+
+The layout is ADR-20's, so `nats object get` and every client's object store read it:
+
+    OBJ_<bucket>                the stream
+    $O.<bucket>.C.<nuid>        the chunks of one upload, in order
+    $O.<bucket>.M.<base64>      what is known of the object of that name, as JSON
+
+An object is named by the SHA-256 of its bytes, so equal bytes are stored once. Chunks go
+first, under a nuid nobody else knows; the last write is the meta message, by compare-and-set,
+and only it makes the object visible. So a crash leaves garbage at worst, never half an object,
+and of two that store the same bytes at once one wins and the other removes its chunks.
+
+Who finds his bytes already there writes the meta message again, also by compare-and-set: it
+is then younger than his `put`, and whoever removes old objects (by age, under the same
+compare-and-set) cannot remove this one behind his back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import random
+import secrets
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol, TypeVar
+
+import msgspec
+import structlog
+from msgspec import Struct
+
+from agentflow import wire
+from agentflow.bus import Bus, Reply
+from agentflow.errors import (
+    AgentFlowError,
+    AppendRefused,
+    AppendUnknown,
+    Disconnected,
+    InvalidRequest,
+    LogGone,
+    ObjectMissing,
+    OperatingError,
+    StreamMismatch,
+)
+from agentflow.events import ObjectRef
+from agentflow.log.publisher import NO_RESPONDERS, ApiError, PubAck, Publisher, read_ack
+from agentflow.log.stream import ApiFailed, StreamInfo, ask, get_message, stream_info
+
+OBJECT_BYTES_MAX: Final = 256 * 1024 * 1024
+"""Largest object."""
+CHUNK_BYTES: Final = 128 * 1024
+"""Data of one chunk, as ADR-20 proposes."""
+BYTES_MAX: Final = -1
+"""Default hard limit of a bucket: the server's own. A positive one is reserved on its disk."""
+
+_DUPLICATE_WINDOW_S: Final = 120
+# Repeating must end while the server surely remembers the message ids.
+_REPEAT_S_MAX: Final = 60.0
+# A lost connection is told at once; this is for answers lost on a living one.
+_ATTEMPT_TIMEOUT_S: Final = 20.0
+_API_TIMEOUT_S: Final = 5.0
+_READ_S_MAX: Final = 60.0
+_PAUSE_S_FIRST: Final = 0.01
+_PAUSE_S_MAX: Final = 0.5
+# Chunks sent and not acknowledged: 2 MiB.
+_IN_FLIGHT_MAX: Final = 16
+# Chunks asked for at once. A read that finds other objects' chunks between ours asks in vain.
+_READ_AHEAD_MAX: Final = 8
+# Somebody else changed the object between our look and our write, so often.
+_CONFLICTS_MAX: Final = 20
+# Chunks that arrived out of order are sent anew, so often.
+_UPLOADS_MAX: Final = 5
+_HASH_INLINE_BYTES_MAX: Final = 1024 * 1024
+
+_WRONG_LAST_SEQUENCE: Final = 10071
+_NAME_IN_USE: Final = 10058
+_TRANSIENT: Final = frozenset(
+    {
+        NO_RESPONDERS,  # no stream, or one without a leader at the moment
+        429,  # too many requests
+        10008,  # JetStream is temporarily unavailable
+        10009,  # the server asked is not the leader
+        10158,  # the message id is in process
+        10164,  # another write to the subject is in flight
+    }
+)
+_DIGEST_PREFIX: Final = "SHA-256="
+
+T = TypeVar("T")
+
+_log = structlog.get_logger(__name__)
+
+
+class Objects(Protocol):
+    """Where bytes too large for the log are kept."""
+
+    async def put(self, data: bytes) -> ObjectRef:
+        """Store bytes; when it returns they are stored for good. Storing them again is harmless.
+
+        Raises InvalidRequest (too large), AppendRefused (full, not permitted), AppendUnknown,
+        StreamMismatch, Disconnected.
+        """
+        ...
+
+    async def get(self, ref: ObjectRef) -> bytes:
+        """The bytes, of the size and digest the reference names.
+
+        Raises ObjectMissing if there are none, or others; Disconnected.
+        """
+        ...
+
+
+class MemoryObjectStore:
+    """See `Objects`. Keeps everything in a dict, for tests."""
+
+    def __init__(self) -> None:
+        self._objects: dict[str, bytes] = {}
+
+    async def put(self, data: bytes) -> ObjectRef:
+        """Store bytes; see `Objects`."""
+        ref = await _describe(data)
+        self._objects[ref.name] = data
+        return ref
+
+    async def get(self, ref: ObjectRef) -> bytes:
+        """The bytes; see `Objects`."""
+        data = self._objects.get(ref.name)
+        if data is None:
+            raise ObjectMissing(f"object {ref.name} is not in memory")
+        await _check(ref, data)
+        return data
+
+
+class _Options(Struct, frozen=True, gc=False):
+    max_chunk_size: int = 0
+
+
+class _Meta(Struct, frozen=True, gc=False):
+    """An object's description as ADR-20 stores it; the fields we have no use for are left out."""
+
+    name: str
+    bucket: str
+    nuid: str
+    size: int = 0
+    chunks: int = 0
+    digest: str = ""
+    deleted: bool = False
+    options: _Options | None = None
+
+    def holds(self, ref: ObjectRef) -> bool:
+        """Whether this describes, as a living object, the bytes of `ref`."""
+        return not self.deleted and (self.size, self.digest) == (ref.size, _digest_text(ref.sha256))
+
+
+class _MetaAt(Struct, frozen=True, gc=False):
+    """The last meta message of a name."""
+
+    meta: _Meta | None
+    """None: there is none, or one that nobody can read."""
+    seq: int
+    """Its sequence, 0 if there is none."""
+
+
+class _Put:
+    """One `put` under way."""
+
+    def __init__(self, ref: ObjectRef, data: bytes) -> None:
+        self.ref: Final = ref
+        self.data: Final = data
+        self.first_seq: int | None = None
+        """The meta message found at first; later ones were written while we were at it."""
+        self.nuid: str | None = None
+        """Under which the chunks are stored, once they are."""
+
+
+class _Counts(Struct, frozen=True, gc=False):
+    subjects: dict[str, int] = {}
+
+
+class _CountsAnswer(Struct, frozen=True, gc=False):
+    state: _Counts
+
+
+class _Chunk(Struct, frozen=True, gc=False):
+    seq: int
+    data: bytes
+
+
+class ObjectStore:
+    """See `Objects`. Keeps a namespace's objects in its JetStream bucket.
+
+    store = ObjectStore(bus, "default")
+    ref = await store.put(data)
+
+    The bucket is created when it is first needed. One that exists already is used as it is,
+    unless it would lose or damage objects: then StreamMismatch says how.
+    """
+
+    def __init__(self, bus: Bus, namespace: str, *, replicas: int = 1, bytes_max: int = BYTES_MAX) -> None:
+        self._bus = bus
+        self._namespace = namespace
+        self._bucket = wire.object_bucket(namespace)
+        self._stream = wire.object_stream(namespace)
+        self._config = bucket_config(namespace, replicas=replicas, bytes_max=bytes_max)
+        self._publisher = Publisher(bus)
+        self._ready = False
+
+    async def put(self, data: bytes) -> ObjectRef:
+        """Store bytes; see `Objects`."""
+        ref = await _describe(data)
+        put = _Put(ref, data)
+        for _ in range(_CONFLICTS_MAX):
+            await self._ensure_bucket()
+            try:
+                found = await self._persist(lambda: self._look(ref.name))
+                stored = found.meta is not None and found.meta.holds(ref) and await self._is_whole(found.meta)
+            except LogGone:  # deleted since we looked: it is created again
+                self._ready = False
+                continue
+            if await (self._reuse(put, found) if stored else self._replace(put, found)):
+                return ref
+        raise AppendUnknown(
+            f"object {ref.name} was changed by others {_CONFLICTS_MAX} times while we stored it"
+        )
+
+    async def get(self, ref: ObjectRef) -> bytes:
+        """The bytes; see `Objects`."""
+        if ref.size > OBJECT_BYTES_MAX:
+            raise ObjectMissing(
+                f"object {ref.name} has {ref.size} bytes, at most {OBJECT_BYTES_MAX} are stored"
+            )
+        try:
+            data = await self._read(ref)
+        except LogGone as gone:
+            raise ObjectMissing(f"object {ref.name} is not there: {gone}") from gone
+        await _check(ref, data)
+        return data
+
+    # The bucket.
+
+    async def _ensure_bucket(self) -> None:
+        if not self._ready:
+            info = await self._persist(self._open)
+            wrong = faults(self._config, info.config)
+            if wrong:
+                raise StreamMismatch(f"the bucket {self._bucket} cannot hold objects: " + "; ".join(wrong))
+            self._ready = True
+
+    async def _open(self) -> StreamInfo:
+        try:
+            return await stream_info(self._bus, self._stream, _API_TIMEOUT_S)
+        except LogGone:
+            return await self._create()
+
+    async def _create(self) -> StreamInfo:
+        try:
+            return await ask(
+                self._bus, f"STREAM.CREATE.{self._stream}", self._config, StreamInfo, _API_TIMEOUT_S
+            )
+        except ApiFailed as failed:
+            if failed.error.err_code == _NAME_IN_USE:  # somebody else was quicker
+                return await stream_info(self._bus, self._stream, _API_TIMEOUT_S)
+            raise OperatingError(f"cannot create the bucket {self._bucket}: {failed}") from failed
+
+    # Writing.
+
+    async def _reuse(self, put: _Put, found: _MetaAt) -> bool:
+        """Keep what is stored already, and make it younger than this call; False: look again."""
+        assert found.meta is not None, "nothing is stored"
+        if put.first_seq is None:
+            put.first_seq = found.seq
+        fresh = found.seq > put.first_seq  # written since we began: by us, or as good as by us
+        if fresh or await self._store_meta(found.meta, found.seq):
+            self._discard(put.nuid, unless=found.meta.nuid)
+            return True
+        return False
+
+    async def _replace(self, put: _Put, found: _MetaAt) -> bool:
+        """Store chunks, then make them visible instead of what was found; False: look again."""
+        if put.first_seq is None:
+            put.first_seq = found.seq
+        put.nuid = put.nuid or await self._upload(put.data)
+        try:
+            done = await self._store_meta(self._meta_of(put.ref, put.nuid), found.seq)
+        except AppendRefused:
+            self._discard(put.nuid)
+            raise
+        if done and found.meta is not None:
+            self._discard(found.meta.nuid, unless=put.nuid)
+        return done
+
+    async def _upload(self, data: bytes) -> str:
+        """Store the chunks, in order, under a fresh nuid, and return it."""
+        for _ in range(_UPLOADS_MAX):
+            nuid = secrets.token_hex(11)
+            if await self._upload_as(nuid, data):
+                return nuid
+            self._discard(nuid)
+        raise AppendUnknown(f"the chunks of an object arrived out of order {_UPLOADS_MAX} times")
+
+    async def _upload_as(self, nuid: str, data: bytes) -> bool:
+        """Store the chunks; False if one that had to be repeated came to lie behind later ones."""
+        last_seq = 0
+        for start in range(0, len(data), CHUNK_BYTES * _IN_FLIGHT_MAX):
+            offsets = range(start, min(start + CHUNK_BYTES * _IN_FLIGHT_MAX, len(data)), CHUNK_BYTES)
+            seqs = await self._store_chunks(nuid, data, offsets)
+            ascending = [last_seq, *seqs]
+            if any(a >= b for a, b in zip(ascending, seqs, strict=False)):
+                return False
+            last_seq = seqs[-1]
+        return True
+
+    async def _store_chunks(self, nuid: str, data: bytes, offsets: Sequence[int]) -> list[int]:
+        """Send the chunks at `offsets`, the unknown ones again, until all are acknowledged."""
+        subject = wire.object_chunks(self._namespace, nuid)
+        writes = [
+            _Write(subject, data[at : at + CHUNK_BYTES], {wire.MSG_ID: f"{nuid}.{at // CHUNK_BYTES}"})
+            for at in offsets
+        ]
+        try:
+            await self._settle(writes)
+        except BaseException:  # cancelled too
+            self._discard_later(nuid, writes)
+            raise
+        return [write.seq for write in writes]
+
+    async def _store_meta(self, meta: _Meta, expected_seq: int) -> bool:
+        """Make the object visible; False if somebody wrote that name since we looked."""
+        write = _Write(
+            wire.object_meta(self._namespace, meta.name),
+            msgspec.json.encode(meta),
+            {
+                wire.MSG_ID: f"{meta.nuid}.meta.{secrets.token_hex(11)}",
+                wire.EXPECTED_SUBJECT_SEQ: str(expected_seq),
+                wire.ROLLUP: wire.ROLLUP_SUBJECT,
+            },
+        )
+        try:
+            await self._settle([write])
+        except AppendRefused as refused:
+            # Our own write, repeated, is refused like that too: who looks again finds it.
+            if refused.code == _WRONG_LAST_SEQUENCE:
+                return False
+            if write.in_doubt:
+                raise AppendUnknown(
+                    f"an earlier attempt may be stored, the last was not: {refused}"
+                ) from refused
+            raise
+        return True
+
+    async def _settle(self, writes: Sequence[_Write]) -> None:
+        """Send in order, and again what is unknown, byte for byte, until all are stored.
+
+        Raises AppendRefused, AppendUnknown.
+        """
+        deadline = _now() + _REPEAT_S_MAX
+        pauses = _Pauses()
+        while unsettled := [write for write in writes if not write.seq]:
+            try:
+                await self._bus.wait_connected(max(deadline - _now(), 0.0))
+                await self._send(unsettled)
+            except Disconnected as error:
+                for write in unsettled:
+                    write.in_doubt |= write.answer is not None
+                    write.detail = str(error)
+            if all(write.seq for write in unsettled):
+                return
+            if _now() > deadline:
+                raise _given_up(unsettled)
+            await pauses.wait()
+
+    async def _send(self, writes: Sequence[_Write]) -> None:
+        await self._bus.wait_writable()
+        for write in writes:
+            write.answer = self._publisher.send(
+                write.subject, write.data, write.headers, timeout_s=_ATTEMPT_TIMEOUT_S
+            )
+        # Unlike awaiting them this leaves the answers alone when we are cancelled.
+        await asyncio.wait([write.answer for write in writes if write.answer is not None])
+        for write in writes:
+            write.judge()
+            if write.code == NO_RESPONDERS:
+                self._ready = False  # the bucket may be gone: look, next time
+
+    def _meta_of(self, ref: ObjectRef, nuid: str) -> _Meta:
+        return _Meta(
+            name=ref.name,
+            bucket=self._bucket,
+            nuid=nuid,
+            size=ref.size,
+            chunks=-(-ref.size // CHUNK_BYTES),
+            digest=_digest_text(ref.sha256),
+            options=_Options(max_chunk_size=CHUNK_BYTES),
+        )
+
+    def _discard(self, nuid: str | None, *, unless: str = "") -> None:
+        """Ask for the removal of chunks nothing refers to. If it gets lost, they are garbage."""
+        if nuid is None or nuid == unless:
+            return
+        payload = msgspec.json.encode({"filter": wire.object_chunks(self._namespace, nuid)})
+        try:
+            self._bus.publish(f"$JS.API.STREAM.PURGE.{self._stream}", payload)
+        except AgentFlowError as error:
+            _log.warning("chunks left behind", bucket=self._bucket, nuid=nuid, error=str(error))
+
+    def _discard_later(self, nuid: str, writes: Sequence[_Write]) -> None:
+        """Discard once all answers are in: a purge overtakes chunks under way."""
+        answers = [write.answer for write in writes if write.answer is not None]
+        asyncio.gather(*answers, return_exceptions=True).add_done_callback(lambda _: self._discard(nuid))
+
+    # Reading.
+
+    async def _read(self, ref: ObjectRef) -> bytes:
+        """The object's chunks, joined. Raises ObjectMissing, LogGone, Disconnected."""
+        missing: _Meta | None = None
+        for _ in range(_CONFLICTS_MAX):
+            meta = await self._find(ref)
+            if missing is not None and missing.nuid == meta.nuid:
+                break
+            data = await self._read_chunks(meta)
+            if data is not None:
+                return data
+            missing = meta  # unless it was stored anew under our eyes
+        raise ObjectMissing(f"object {ref.name} in {self._bucket} lacks some of its chunks")
+
+    async def _find(self, ref: ObjectRef) -> _Meta:
+        """The object's description. Raises ObjectMissing, LogGone, Disconnected."""
+        meta = (await self._persist(lambda: self._look(ref.name))).meta
+        if meta is None or meta.deleted:
+            state = "was deleted from" if meta else "is not in"
+            raise ObjectMissing(f"object {ref.name} ({ref.size} bytes) {state} the bucket {self._bucket}")
+        if not meta.holds(ref):
+            raise ObjectMissing(
+                f"object {ref.name} in {self._bucket} is another one: expected {ref.size} bytes of"
+                f" {_digest_text(ref.sha256)}, found {meta.size} of {meta.digest}"
+            )
+        return meta
+
+    async def _look(self, name: str) -> _MetaAt:
+        """The last meta message of a name, from the stream's leader. Raises LogGone, Disconnected."""
+        query = {"last_by_subj": wire.object_meta(self._namespace, name)}
+        message = await get_message(self._bus, self._stream, query, _API_TIMEOUT_S)
+        if message is None:
+            return _MetaAt(None, 0)
+        try:
+            return _MetaAt(msgspec.json.decode(message.data, type=_Meta), message.seq)
+        except msgspec.DecodeError:
+            return _MetaAt(None, message.seq)
+
+    async def _is_whole(self, meta: _Meta) -> bool:
+        """Whether as many chunks are there as the object has."""
+        subject = wire.object_chunks(self._namespace, meta.nuid)
+        request, query = f"STREAM.INFO.{self._stream}", {"subjects_filter": subject}
+        try:
+            answer = await self._persist(
+                lambda: ask(self._bus, request, query, _CountsAnswer, _API_TIMEOUT_S)
+            )
+        except ApiFailed as failed:
+            raise LogGone(str(failed)) from failed
+        return answer.state.subjects.get(subject, 0) == meta.chunks
+
+    async def _read_chunks(self, meta: _Meta) -> bytes | None:
+        """All chunks in order; None if some are not there.
+
+        Who asks for the first chunk at or after each of the next sequences gets every chunk
+        that lies there, whatever lies between them, and needs to know no sequence.
+        """
+        subject = wire.object_chunks(self._namespace, meta.nuid)
+        found: dict[int, bytes] = {}
+        after = size = 0
+        while len(found) < meta.chunks and size <= meta.size:
+            width = min(_READ_AHEAD_MAX, meta.chunks - len(found)) if found else 1
+            answers = await asyncio.gather(
+                *[self._persist(_bound(self._next, subject, after + 1 + i)) for i in range(width)]
+            )
+            chunks = {chunk.seq: chunk.data for chunk in answers if chunk is not None}
+            if not chunks:
+                return None
+            found |= chunks
+            size += sum(map(len, chunks.values()))
+            after = max(chunks)
+        return b"".join([found[seq] for seq in sorted(found)])
+
+    async def _next(self, subject: str, seq: int) -> _Chunk | None:
+        """The first chunk at or after `seq`. Any replica may answer, only the leader may deny."""
+        query: dict[str, int | str] = {"seq": seq, "next_by_subj": subject}
+        chunk = await self._next_direct(query)
+        if chunk is not None:
+            return chunk
+        message = await get_message(self._bus, self._stream, query, _API_TIMEOUT_S)
+        return None if message is None else _Chunk(message.seq, message.data)
+
+    async def _next_direct(self, query: dict[str, int | str]) -> _Chunk | None:
+        request = f"$JS.API.DIRECT.GET.{self._stream}"
+        try:
+            reply = await self._bus.request_reply(request, msgspec.json.encode(query), _API_TIMEOUT_S)
+        except Disconnected:
+            return None
+        if reply.status or reply.headers is None:
+            return None
+        return _Chunk(int(reply.headers[wire.SEQUENCE]), reply.data)
+
+    async def _persist(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Repeat a reading call until it is answered. Raises Disconnected when time has run out."""
+        deadline = _now() + _READ_S_MAX
+        pauses = _Pauses()
+        while True:
+            try:
+                return await call()
+            except Disconnected:
+                if _now() > deadline:
+                    raise
+            await pauses.wait()
+
+
+class _Write:
+    """A message to store, and what is known of its fate."""
+
+    def __init__(self, subject: str, data: bytes, headers: dict[str, str]) -> None:
+        self.subject: Final = subject
+        self.data: Final = data
+        self.headers: Final = headers
+        self.answer: asyncio.Future[Reply | None] | None = None
+        """To the last attempt."""
+        self.seq = 0
+        """Where it is stored; 0: not known yet."""
+        self.in_doubt = False
+        """Whether an attempt was sent whose fate is unknown."""
+        self.code = 0
+        self.detail = "no attempt was made"
+
+    def judge(self) -> None:
+        """Take note of the answer. Raises AppendRefused if it is final."""
+        assert self.answer is not None, "nothing was sent"
+        match read_ack(self.answer.result()):
+            case PubAck(seq=seq):
+                self.seq = seq
+                self.code = 0
+            case ApiError(code=code, err_code=err_code, description=description):
+                self.code = err_code or code
+                self.detail = description
+                if self.code not in _TRANSIENT:
+                    raise AppendRefused(self.code, f"{self.subject}: {description}")
+            case None:
+                self.in_doubt = True
+                self.code = 0
+                self.detail = "no acknowledgement came"
+
+
+class _Pauses:
+    """Growing, jittered pauses between attempts."""
+
+    def __init__(self) -> None:
+        self._limit_s = _PAUSE_S_FIRST
+
+    async def wait(self) -> None:
+        """Wait a while, longer each time."""
+        await asyncio.sleep(random.uniform(0, self._limit_s))
+        self._limit_s = min(self._limit_s * 2, _PAUSE_S_MAX)
+
+
+def bucket_config(namespace: str, *, replicas: int, bytes_max: int) -> dict[str, Any]:
+    """The configuration of a namespace's bucket."""
+    return {
+        "name": wire.object_stream(namespace),
+        "subjects": wire.object_subjects(namespace),
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "num_replicas": replicas,
+        "max_bytes": bytes_max,
+        "max_msgs": -1,
+        "max_msgs_per_subject": -1,
+        "max_age": 0,
+        "max_msg_size": -1,
+        "max_consumers": -1,
+        "duplicate_window": _DUPLICATE_WINDOW_S * 1_000_000_000,
+        "compression": "none",
+        "allow_direct": True,
+        # ADR-20: a meta message replaces the one before it.
+        "allow_rollup_hdrs": True,
+        "deny_delete": False,
+        "deny_purge": False,
+        "sealed": False,
+        "no_ack": False,
+        "mirror_direct": False,
+        "allow_atomic": False,
+        "allow_msg_ttl": False,
+        "allow_msg_schedules": False,
+        "allow_msg_counter": False,
+        "allow_batched": False,
+        "discard_new_per_subject": False,
+    }
+
+
+# Options of an existing bucket that must be as ours: others would lose or damage objects.
+_ESSENTIAL: Final = (
+    "storage", "retention", "discard", "allow_rollup_hdrs", "deny_purge", "sealed", "no_ack",
+    "allow_msg_counter",
+)  # fmt: skip
+_MUST_BE_UNSET: Final = ("mirror", "sources", "subject_transform", "persist_mode")
+_UNLIMITED: Final = ("max_msgs_per_subject", "max_msgs")
+
+
+def faults(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Why an existing bucket cannot be used, in words. The server leaves out what is off."""
+    wrong = [
+        f"{option}: expected {expected[option]!r}, found {found.get(option)!r}"
+        for option in _ESSENTIAL
+        if found.get(option, False) != expected[option]
+    ]
+    wrong += [
+        f"{option}: expected unset, found {found[option]!r}" for option in _MUST_BE_UNSET if found.get(option)
+    ]
+    wrong += [
+        f"{option}: expected no limit, found {found[option]}"
+        for option in _UNLIMITED
+        if found.get(option, -1) > 0
+    ]
+    lacking = set(expected["subjects"]) - set(found.get("subjects") or ())
+    if lacking:
+        wrong.append(f"subjects: {sorted(lacking)} missing, found {found.get('subjects')}")
+    if 0 < found.get("max_msg_size", -1) < CHUNK_BYTES + 4096:
+        wrong.append(f"max_msg_size: {found['max_msg_size']} is less than a chunk")
+    if found.get("duplicate_window", 0) < _REPEAT_S_MAX * 1_000_000_000:
+        wrong.append(
+            f"duplicate_window: expected {_REPEAT_S_MAX} s or more, found {found.get('duplicate_window')} ns"
+        )
+    return wrong
+
+
+async def _describe(data: bytes) -> ObjectRef:
+    """The reference of bytes. Raises InvalidRequest if they are too many."""
+    if len(data) > OBJECT_BYTES_MAX:
+        raise InvalidRequest(f"an object of {len(data)} bytes, at most {OBJECT_BYTES_MAX} are stored")
+    sha256 = await _sha256(data)
+    return ObjectRef(name=sha256, size=len(data), sha256=sha256)
+
+
+async def _check(ref: ObjectRef, data: bytes) -> None:
+    """Raises ObjectMissing unless these are the bytes the reference names."""
+    if len(data) != ref.size:
+        raise ObjectMissing(f"object {ref.name}: expected {ref.size} bytes, found {len(data)}")
+    sha256 = await _sha256(data)
+    if sha256 != ref.sha256:
+        raise ObjectMissing(f"object {ref.name}: expected bytes of SHA-256 {ref.sha256}, found {sha256}")
+
+
+async def _sha256(data: bytes) -> str:
+    """The hex digest; of many bytes in a thread, since hashing them takes long."""
+    if len(data) <= _HASH_INLINE_BYTES_MAX:
+        return hashlib.sha256(data).hexdigest()
+    return await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+
+
+def _digest_text(sha256: str) -> str:
+    """A hex digest as ADR-20 writes it; of what is no hex digest, something that equals none."""
+    try:
+        return _DIGEST_PREFIX + base64.urlsafe_b64encode(bytes.fromhex(sha256)).decode()
+    except ValueError:
+        return f"not a digest: {sha256}"
+
+
+def _given_up(unsettled: Sequence[_Write]) -> OperatingError:
+    """The error when time has run out."""
+    worst = next((write for write in unsettled if write.in_doubt), unsettled[0])
+    text = f"{len(unsettled)} messages, first on {worst.subject}: {worst.detail}"
+    if worst.in_doubt:
+        return AppendUnknown(f"not acknowledged within {_REPEAT_S_MAX} s: {text}")
+    return AppendRefused(worst.code, text) if worst.code else Disconnected(f"not sent: {text}")
+
+
+def _bound(call: Callable[[str, int], Awaitable[T]], subject: str, seq: int) -> Callable[[], Awaitable[T]]:
+    return lambda: call(subject, seq)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
