@@ -10,9 +10,7 @@ UUIDv7: RFC 9562, section 5.7.
 
 from __future__ import annotations
 
-import os
 import re
-import time
 from typing import Final
 
 from agentflow.limits import ID_LENGTH_MAX
@@ -29,12 +27,6 @@ _is_id = _ID.fullmatch
 def is_id(text: str) -> bool:
     """Whether a client may choose `text` as the id of a task or workflow."""
     return _is_id(text) is not None
-
-
-def new_id() -> str:
-    """A fresh UUIDv7."""
-    ms = time.time_ns() // 1_000_000
-    return uuid7(ms, os.urandom(10))
 
 
 def uuid7(time_ms: int, chance: bytes) -> str:

@@ -41,6 +41,8 @@ from agentflow.events import (
     WorkflowTask,
 )
 from agentflow.frames import Decision
+from agentflow.fresh import new_id
+from agentflow.fresh import new_id
 from agentflow.limits import FRAME_BYTES_MAX, INLINE_BYTES_MAX, WORKFLOW_PARTS_MAX
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Log, Message
@@ -173,7 +175,7 @@ class Client:
         """Hand over a task described by its event: a shell script, a program, a function by name."""
         changes: dict[str, Any] = {"notify": self._token}
         if not event.id:
-            changes["id"] = ids.new_id()
+            changes["id"] = new_id()
         return await self._submit(structs.replace(event, **changes), Any)
 
     async def shell(self, script: str, **options: Any) -> Handle[Any]:
@@ -186,7 +188,7 @@ class Client:
 
     async def submit_workflow(self, flow: Workflow | WorkflowFile) -> WorkflowHandle:
         """Hand over a workflow; returns once it is durable. Raises InvalidRequest for a bad DAG."""
-        workflow_id = flow.id or ids.new_id()
+        workflow_id = flow.id or new_id()
         if isinstance(flow, Workflow):
             event = flow.event(workflow_id, self._token)
         else:
@@ -221,7 +223,7 @@ class Client:
     async def _call(self, function: Function[..., Any], args: Sequence[Any], kwargs: Any) -> TaskSubmitted:
         options = function.wire_options
         event = TaskSubmitted(
-            id=ids.new_id(), function=function.name, args=list(args), kwargs=kwargs, notify=self._token, **options
+            id=new_id(), function=function.name, args=list(args), kwargs=kwargs, notify=self._token, **options
         )
         if not args and not kwargs:
             return event
