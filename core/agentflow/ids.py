@@ -29,18 +29,22 @@ def is_id(text: str) -> bool:
     return _is_id(text) is not None
 
 
-def uuid7(time_ms: int, chance: bytes) -> str:
-    """The UUIDv7 of a Unix time in milliseconds and ten random bytes."""
-    h = f"{time_ms:012x}{chance.hex()}"
-    variant = "89ab"[chance[2] & 3]
-    return f"{h[:8]}-{h[8:12]}-7{h[13:16]}-{variant}{h[17:20]}-{h[20:32]}"
-
-
 def uuid7_time_ms(text: str) -> int | None:
     """The creation time inside a UUIDv7, Unix milliseconds; None for any other id."""
-    if len(text) != _UUID_LENGTH or text[14] != "7" or _UUID7.fullmatch(text) is None:
+    return time_ms_if_uuid7(text) if _UUID7.fullmatch(text) else None
+
+
+def time_ms_if_uuid7(text: str) -> int | None:
+    """What `uuid7_time_ms` gives for a UUIDv7; for other ids that look like one, anything.
+
+    A third of the time it takes to be sure: enough where an ordinary time needs no second look.
+    """
+    if len(text) != _UUID_LENGTH or text[14] != "7" or text[8] != "-":
         return None
-    return int(text[:8] + text[9:13], 16)
+    try:
+        return int.from_bytes(bytes.fromhex(text[:8] + text[9:13]))
+    except ValueError:
+        return None
 
 
 def derived(seq: int, index: int) -> str:

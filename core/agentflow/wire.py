@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import re
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 # A namespace, worker, client or master name: one subject token.
@@ -131,6 +132,7 @@ def leader_lease(namespace: str) -> str:
     return f"leader.{namespace}"
 
 
+@lru_cache(maxsize=4_096)
 def is_name(text: str) -> bool:
     """Whether `text` may name a namespace, worker, client or master."""
     return NAME.fullmatch(text) is not None

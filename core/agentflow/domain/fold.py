@@ -250,14 +250,18 @@ def _known(state: Namespace, new_id: str, digest: int, at: At) -> Verdict | None
         if known.digest == digest:
             return DUPLICATE
         return _rejected(Reason.CONFLICT, f"{new_id} was submitted before with another body")
-    made_ms = ids.uuid7_time_ms(new_id)
-    if made_ms is None:
+    made_ms = ids.time_ms_if_uuid7(new_id)
+    if made_ms is None or state.closed.horizon_ms <= made_ms <= at.server_ms + ID_AHEAD_MS_MAX:
         return None
-    if made_ms < state.closed.horizon_ms:
+    return _out_of_time(new_id, made_ms, at)
+
+
+def _out_of_time(new_id: str, made_ms: int, at: At) -> Verdict | None:
+    if ids.uuid7_time_ms(new_id) is None:
+        return None
+    if made_ms < at.server_ms:
         return _rejected(Reason.TOO_OLD, f"{new_id} is older than the ids remembered: was it accepted before?")
-    if made_ms > at.server_ms + ID_AHEAD_MS_MAX:
-        return _rejected(Reason.FROM_THE_FUTURE, f"{new_id} is from the future: is the client's clock right?")
-    return None
+    return _rejected(Reason.FROM_THE_FUTURE, f"{new_id} is from the future: is the client's clock right?")
 
 
 def _workflow_part(state: Namespace, event: WorkflowPart, at: At) -> Verdict:
