@@ -1,5 +1,7 @@
 """AgentFlow: tasks and DAG workflows on a pool of workers, event-sourced on NATS JetStream.
 
+A function becomes a task, and a client hands over calls of it:
+
     import agentflow
 
     @agentflow.task

@@ -14,13 +14,13 @@ Threads and processes that the function itself starts are outside of the task.
 from __future__ import annotations
 
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING
 
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
 
 class TaskContext(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,11 +52,21 @@ def current() -> TaskContext:
         raise RuntimeError(message) from None
 
 
+def enter(task: TaskContext) -> Token[TaskContext]:
+    """Make `task` the current one until `leave`; for workers."""
+    return _current.set(task)
+
+
+def leave(token: Token[TaskContext]) -> None:
+    """End what `enter` began."""
+    _current.reset(token)
+
+
 @contextmanager
 def running(task: TaskContext) -> Iterator[None]:
     """Make `task` the current one; for workers, and for tests of functions that call `current()`."""
-    token = _current.set(task)
+    token = enter(task)
     try:
         yield
     finally:
-        _current.reset(token)
+        leave(token)

@@ -104,5 +104,5 @@ class ObjectMissing(OperatingError):
     """An object named by an event is missing, or its bytes do not hash to its digest."""
 
 
-class NonRetryable(Exception):  # noqa: N818 - named for what it asks for
+class NonRetryable(Exception):
     """Raise it in a task to fail it at once, without another attempt."""

@@ -55,7 +55,9 @@ class Writer:
     overtake others where their order does not matter: a worker's.
     """
 
-    def __init__(self, log: Log, actor: str, *, grouped: bool = False, patience_s: float | None = None) -> None:
+    def __init__(
+        self, log: Log, actor: str, *, grouped: bool = False, patience_s: float | None = None
+    ) -> None:
         self._log = log
         self._actor = actor
         self._grouped = grouped
@@ -119,6 +121,9 @@ class Writer:
                 self._idle.set()
                 self._wake.clear()
                 await self._wake.wait()
+                if self._grouped:
+                    # What is ready to run now may have something to say too: one frame for all of it.
+                    await asyncio.sleep(0)
             taken = self._take()
             try:
                 seq = await self._store(taken)

@@ -19,7 +19,7 @@ import msgspec
 import structlog
 from msgspec import Struct, structs
 
-from agentflow import frames, ids, wire
+from agentflow import frames, wire
 from agentflow.bus import Bus
 from agentflow.checks import Bad, check
 from agentflow.client import workflow as workflows
@@ -41,7 +41,6 @@ from agentflow.events import (
     WorkflowTask,
 )
 from agentflow.frames import Decision
-from agentflow.fresh import new_id
 from agentflow.fresh import new_id
 from agentflow.limits import FRAME_BYTES_MAX, INLINE_BYTES_MAX, WORKFLOW_PARTS_MAX
 from agentflow.log.jetstream import JetStreamLog
@@ -110,7 +109,9 @@ class Client:
         replicas: int = 1,
     ) -> None:
         if not (wire.is_name(namespace) and wire.is_name(name)):
-            raise InvalidRequest(f"namespace and name must be 1 to 64 of A-Z a-z 0-9 _ -: {namespace!r}, {name!r}")
+            raise InvalidRequest(
+                f"namespace and name must be 1 to 64 of A-Z a-z 0-9 _ -: {namespace!r}, {name!r}"
+            )
         self.namespace: Final = namespace
         self.name: Final = name
         self.bus: Final = Bus(url, name=f"agentflow client {name}")
@@ -210,7 +211,11 @@ class Client:
         """Ask for a task, or all open tasks of a workflow, not to run or to be stopped."""
         status = (await self.status([target])).statuses[0]
         workflow = status.workflow
-        event = WorkflowCancelRequested(id=target, reason=reason) if workflow else TaskCancelRequested(id=target, reason=reason)
+        event = (
+            WorkflowCancelRequested(id=target, reason=reason)
+            if workflow
+            else TaskCancelRequested(id=target, reason=reason)
+        )
         _require_sound(event)
         await self._writer.write([event])
 
@@ -249,7 +254,7 @@ class Client:
     async def _submit_chunk(self, events: list[TaskSubmitted], wanted: Any) -> list[Handle[Any]]:
         for event in events:
             _require_sound(event)
-        handles = [Handle(self, event.id, wanted) for event in events]
+        handles: list[Handle[Any]] = [Handle(self, event.id, wanted) for event in events]
         self._open.update((handle.id, handle) for handle in handles)
         await self._writer.write(events)
         return handles
@@ -338,8 +343,7 @@ class Client:
             wait.ask_at = now + wait.pause_s
             wait.pause_s = min(wait.pause_s * 2, _ASK_EVERY_S_MAX)
         wanted = {wait.handle.id: wait.handle for wait in due}
-        for task_id, handle in islice(self._open.items(), _ASK_IDS_MAX - len(wanted)):
-            wanted[task_id] = handle
+        wanted.update(islice(self._open.items(), _ASK_IDS_MAX - len(wanted)))
         try:
             reply = await self.status(list(wanted))
             ended = [status for status in reply.statuses if status.state in FINAL and status.seq]
@@ -373,7 +377,9 @@ class Client:
                 raise ObjectMissing(f"the log no longer holds the end of tasks at {seq}")
             items[seq] = frames.judge(message.subject, message.data, message.headers).items
         return [
-            from_event(status.id, status.state, _at(items[status.seq], status.index), status.seq, status.index)
+            from_event(
+                status.id, status.state, _at(items[status.seq], status.index), status.seq, status.index
+            )
             for status in ended
         ]
 
@@ -452,7 +458,9 @@ def _workflow_frames(event: WorkflowSubmitted) -> list[tuple[str, bytes]]:
         return [(event.kind, data)]
     chunks = _chunks(event.tasks)
     if len(chunks) > WORKFLOW_PARTS_MAX:
-        raise InvalidRequest(f"the workflow takes {len(chunks)} frames; at most {WORKFLOW_PARTS_MAX} fit one write")
+        raise InvalidRequest(
+            f"the workflow takes {len(chunks)} frames; at most {WORKFLOW_PARTS_MAX} fit one write"
+        )
     parts = [WorkflowPart(workflow=event.id, part=number, tasks=tasks) for number, tasks in enumerate(chunks)]
     closing = structs.replace(event, tasks=[], parts=len(parts))
     return [(part.kind, frames.encode([part])) for part in parts] + [(closing.kind, frames.encode([closing]))]
@@ -465,11 +473,12 @@ def _chunks(tasks: Sequence[WorkflowTask]) -> list[list[WorkflowTask]]:
     for task in tasks:
         size = len(frames.encode(task)) + 1
         if size > FRAME_BYTES_MAX - 1_024:
-            raise InvalidRequest(f"task {task.task_id} takes {size} bytes; at most {FRAME_BYTES_MAX - 1_024} fit")
+            raise InvalidRequest(
+                f"task {task.task_id} takes {size} bytes; at most {FRAME_BYTES_MAX - 1_024} fit"
+            )
         if size > room:
             chunks.append([])
             room = FRAME_BYTES_MAX - 1_024
         chunks[-1].append(task)
         room -= size
     return chunks
-

@@ -22,7 +22,9 @@ R_co = TypeVar("R_co", covariant=True)
 Mode = Literal["async", "thread", "process"]
 
 # Types that JSON gives back as they were: values of these need no conversion.
-_PLAIN: Final = frozenset({Any, int, float, str, bool, None, type(None), list, dict, object, inspect.Parameter.empty})
+_PLAIN: Final = frozenset(
+    {Any, int, float, str, bool, None, type(None), list, dict, object, inspect.Parameter.empty}
+)
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -85,6 +87,7 @@ class SyncFunction(Function[P, R]):
     """A plain function: runs in a thread or in a child process of the worker."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call it here and now, without AgentFlow."""
         result: R = self.call(*args, **kwargs)
         return result
 
@@ -93,6 +96,7 @@ class AsyncFunction(Function[P, R]):
     """A coroutine function: runs on the worker's event loop."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Coroutine[Any, Any, R]:
+        """Call it here and now, without AgentFlow."""
         coroutine: Coroutine[Any, Any, R] = self.call(*args, **kwargs)
         return coroutine
 
@@ -115,7 +119,9 @@ class _Types:
         self._variadic = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
         self._names = [parameter.name for parameter in parameters]
 
-    def convert(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    def convert(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Sequence[Any], Mapping[str, Any]]:
         """Arguments as the function's annotations want them. Raises msgspec.ValidationError."""
         if not self._by_name or self._variadic:
             return args, kwargs
@@ -160,7 +166,9 @@ def default_name(call: Callable[..., Any]) -> str:
 
 
 @overload
-def task(function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncFunction[P, R]: ...
+def task(  # type: ignore[overload-overlap]  # a coroutine function matches the second as well; the first wins
+    function: Callable[P, Coroutine[Any, Any, R]], /
+) -> AsyncFunction[P, R]: ...
 @overload
 def task(function: Callable[P, R], /) -> SyncFunction[P, R]: ...
 @overload
@@ -211,7 +219,9 @@ class _Decorator:
         self._name, self._options, self._process = name, options, process
 
     @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> AsyncFunction[P, R]: ...
+    def __call__(  # type: ignore[overload-overlap]  # as above
+        self, function: Callable[P, Coroutine[Any, Any, R]], /
+    ) -> AsyncFunction[P, R]: ...
     @overload
     def __call__(self, function: Callable[P, R], /) -> SyncFunction[P, R]: ...
     def __call__(self, function: Callable[..., Any], /) -> Any:
@@ -226,7 +236,9 @@ def _make(call: Callable[..., Any], name: str, options: Options, *, process: boo
     made: Function[..., Any]
     if inspect.iscoroutinefunction(call):
         if process:
-            raise InvalidRequest(f"{name}: a coroutine function runs on the loop, it cannot have process=True")
+            raise InvalidRequest(
+                f"{name}: a coroutine function runs on the loop, it cannot have process=True"
+            )
         made = AsyncFunction(call, name, "async", options)
     else:
         made = SyncFunction(call, name, "process" if process else "thread", options)

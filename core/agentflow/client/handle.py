@@ -100,5 +100,7 @@ class WorkflowHandle(Handle[dict[str, Any]]):
         """
         outcome = await self.outcome(timeout_s)
         outcome.raise_for_state()
-        outcomes = await self._client.outcomes([ids.in_workflow(self.id, task_id) for task_id in self.task_ids])
+        outcomes = await self._client.outcomes(
+            [ids.in_workflow(self.id, task_id) for task_id in self.task_ids]
+        )
         return {task_id: ended.value() for task_id, ended in zip(self.task_ids, outcomes, strict=True)}

@@ -67,7 +67,7 @@ def from_notice(notice: Notice) -> Outcome | None:
     return Outcome(
         notice.id,
         notice.state,
-        _NULL if result is UNSET else result,  # type: ignore[arg-type]
+        _NULL if result is UNSET else result,
         notice.object,
         notice.error,
         notice.message,
@@ -85,7 +85,7 @@ def from_event(task_id: str, state: str, event: Any, seq: int, index: int) -> Ou
     match event:
         case TaskCompletedEvent() if own:
             result = _NULL if event.result is UNSET else event.result
-            return Outcome(task_id, state, result, event.object, seq=seq, index=index)  # type: ignore[arg-type]
+            return Outcome(task_id, state, result, event.object, seq=seq, index=index)
         case TaskFailedEvent() if own:
             return Outcome(task_id, state, _NULL, None, event.error, event.message, seq, index)
         case TaskCancelledEvent() if own:
@@ -94,7 +94,9 @@ def from_event(task_id: str, state: str, event: Any, seq: int, index: int) -> Ou
             message = "it waited longer than its queue timeout"
             return Outcome(task_id, state, _NULL, None, "queue_timeout", message, seq, index)
         case TaskQuarantinedEvent() if own:
-            return Outcome(task_id, state, _NULL, None, f"quarantined: {event.reason}", event.detail, seq, index)
+            return Outcome(
+                task_id, state, _NULL, None, f"quarantined: {event.reason}", event.detail, seq, index
+            )
         case WorkflowCompleted():
             return Outcome(task_id, state, seq=seq, index=index)
         case _:

@@ -36,7 +36,7 @@ _SHOW: Final = reprlib.Repr()
 _SHOW.maxstring = _SHOW.maxother = 60
 
 
-class Problem(Exception):  # noqa: N818 - not an error of its own: one item of the error raised in the end
+class Problem(Exception):
     """Something is wrong on a line; 0 if the line is not known."""
 
     def __init__(self, line: int, text: str) -> None:

@@ -1,8 +1,10 @@
 """Workflows built in Python, beside those read from files.
 
+A task's result, once there, is an argument of another:
+
     flow = agentflow.Workflow("release")
     source = flow.add(fetch, "main")
-    wheel = flow.add(build, source)                 # a task's result as an argument
+    wheel = flow.add(build, source)
     flow.shell("publish", "twine upload $WHEEL", env={"WHEEL": wheel})
     handle = await client.submit_workflow(flow)
 """
@@ -66,12 +68,22 @@ class Workflow:
         """Run a task function; arguments that are steps become dependencies."""
         task_id = self._free_id(function.__name__)
         return self._enter(
-            WorkflowTask(task_id=task_id, function=function.name, args=_plain(args), kwargs=_plain(kwargs), **function.wire_options)
+            WorkflowTask(
+                task_id=task_id,
+                function=function.name,
+                args=_plain(args),
+                kwargs=_plain(kwargs),
+                **function.wire_options,
+            )
         )
 
-    def shell(self, task_id: str, script: str, *, env: Mapping[str, Any] | None = None, **options: Any) -> Step[Any]:
+    def shell(
+        self, task_id: str, script: str, *, env: Mapping[str, Any] | None = None, **options: Any
+    ) -> Step[Any]:
         """Run a shell script. Values of `env` may be steps."""
-        return self._enter(WorkflowTask(task_id=task_id, shell=script, env=_plain(dict(env or {})), **options))
+        return self._enter(
+            WorkflowTask(task_id=task_id, shell=script, env=_plain(dict(env or {})), **options)
+        )
 
     def argv(
         self, task_id: str, argv: Sequence[Any], *, env: Mapping[str, Any] | None = None, **options: Any
@@ -93,7 +105,9 @@ class Workflow:
         used = uses(task)
         strangers = [name for name in used if name not in self._tasks]
         if strangers:
-            raise InvalidRequest(f"{task.task_id} uses results of other workflows' tasks: {', '.join(strangers)}")
+            raise InvalidRequest(
+                f"{task.task_id} uses results of other workflows' tasks: {', '.join(strangers)}"
+            )
         dependencies = list(dict.fromkeys([*task.dependencies, *used]))
         self._tasks[task.task_id] = structs.replace(task, dependencies=dependencies)
         return Step(task.task_id)
@@ -167,4 +181,3 @@ def _plain(value: Any) -> Any:
 
 def _ordered(value: Iterable[Any]) -> Iterable[Any]:
     return sorted(value, key=repr) if isinstance(value, set | frozenset) else value
-

@@ -110,7 +110,9 @@ class Leader:
 
     async def lead(self) -> End:
         """Plan and write until the term ends."""
-        if replace(self._follower.state.policy, version=0) != replace(self._policy, version=0, accepting=True):
+        if replace(self._follower.state.policy, version=0) != replace(
+            self._policy, version=0, accepting=True
+        ):
             end = await self._change_policy(accepting=True)
             if end is not None:
                 return self._over(end)
@@ -143,7 +145,9 @@ class Leader:
         made = plan(state, now_ms, self._silences())
         if made:
             return await self._write(made, now_ms)
-        wait_s = _WAKE_S_MAX if made.wake_ms is None else min(max(made.wake_ms - now_ms, 1) / 1000, _WAKE_S_MAX)
+        wait_s = (
+            _WAKE_S_MAX if made.wake_ms is None else min(max(made.wake_ms - now_ms, 1) / 1000, _WAKE_S_MAX)
+        )
         timer = asyncio.get_running_loop().call_later(wait_s, self._wake.set)
         await self._wake.wait()
         timer.cancel()
@@ -213,7 +217,9 @@ class Leader:
     def _worker_of(self, event: Event) -> str:
         if isinstance(event, TaskAssigned):
             workers = self._follower.state.workers.values()
-            return next((worker.name for worker in workers if worker.incarnation == event.incarnation), self._name)
+            return next(
+                (worker.name for worker in workers if worker.incarnation == event.incarnation), self._name
+            )
         return self._name
 
     async def _append(self, frame: Frame) -> Appended:

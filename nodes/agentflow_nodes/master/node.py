@@ -81,7 +81,9 @@ class Master:
             await stack.enter_async_context(self._log)
             await stack.enter_async_context(self._leases)
             await self._liveness.listen(self.bus)
-            services = Services(self.bus, self._follower.state, lambda: self.leading, lambda: self._follower.now_ms)
+            services = Services(
+                self.bus, self._follower.state, lambda: self.leading, lambda: self._follower.now_ms
+            )
             await services.listen()
             self._target_seq = (await self._log.identity()).last_seq
             self._stack = stack.pop_all()

@@ -57,7 +57,7 @@ def _messages(notices: list[Notice]) -> Iterator[bytes]:
     start = 0
     used = 0
     for place, notice in enumerate(notices):
-        used += 0 if notice.result is UNSET else len(bytes(notice.result))  # type: ignore[arg-type]
+        used += 0 if notice.result is UNSET else len(bytes(notice.result))
         if used > room or place - start >= NOTICES_MAX:
             yield encode(notices[start:place])
             start, used = place, 0
@@ -68,7 +68,7 @@ def _notice(end: Ended) -> Notice:
     event = end.event
     if type(event) is TaskCompleted:
         result = event.result
-        if result is not UNSET and len(bytes(result)) > NOTICE_RESULT_MAX:  # type: ignore[arg-type]
+        if result is not UNSET and len(bytes(result)) > NOTICE_RESULT_MAX:
             return Notice(end.id, end.state, end.seq, end.index, fetch=True)
         return Notice(end.id, end.state, end.seq, end.index, result, event.object)
     error, message = _why(event)
@@ -109,7 +109,9 @@ class QueueReply(Struct, frozen=True):
 class Services:
     """Answers requests while this master leads."""
 
-    def __init__(self, bus: Bus, state: Namespace, leading: Callable[[], bool], now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self, bus: Bus, state: Namespace, leading: Callable[[], bool], now_ms: Callable[[], int]
+    ) -> None:
         self._bus = bus
         self._state = state
         self._leading = leading
@@ -143,7 +145,9 @@ class Services:
         state = self._state
         status, position = state.status(wanted)
         closed = state.closed.get(wanted) if position else None
-        workflow = wanted in state.workflows or (closed is not None and isinstance(closed.state, WorkflowState))
+        workflow = wanted in state.workflows or (
+            closed is not None and isinstance(closed.state, WorkflowState)
+        )
         if not position:
             return Status(wanted, str(status), workflow=workflow)
         return Status(wanted, str(status), position[0], position[1], workflow=workflow)

@@ -20,16 +20,17 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, structs
 
 from agentflow import ids
+from agentflow.checks import unsound
 from agentflow.client.function import Function
 from agentflow.context import TaskContext
 from agentflow.errors import ObjectMissing, OperatingError
 from agentflow.events import Event, TaskAssigned, TaskCompleted, TaskDeclined, TaskFailed
 from agentflow.frames import decode_any, encode
 from agentflow.limits import DEPTH_MAX, INLINE_BYTES_MAX, TAIL_LENGTH_MAX
-from agentflow.checks import unsound
 from agentflow.log.port import Log
 from agentflow.objects import ObjectStore
 from agentflow_nodes.worker import materials, outcome
+from agentflow_nodes.worker.calls import Call, judge_async
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.functions import FunctionRunner
 from agentflow_nodes.worker.materials import BadInput, Materials, as_text
@@ -61,7 +62,11 @@ class Attempts:
     """Runs assignments. An async context manager; left, nothing of it runs any more."""
 
     def __init__(
-        self, config: WorkerConfig, functions: Mapping[str, Function[..., Any]], log: Log, objects: ObjectStore
+        self,
+        config: WorkerConfig,
+        functions: Mapping[str, Function[..., Any]],
+        log: Log,
+        objects: ObjectStore,
     ) -> None:
         self._config = config
         self._functions = functions
@@ -75,7 +80,9 @@ class Attempts:
 
     async def __aenter__(self) -> Self:
         self._folder = Path(tempfile.mkdtemp(prefix="agentflow-"))
-        self._environment = {name: value for name, value in os.environ.items() if not name.startswith(_HIDDEN)}
+        self._environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(_HIDDEN)
+        }
         await self._processes.__aenter__()
         await self._runner.__aenter__()
         return self
@@ -98,6 +105,8 @@ class Attempts:
         try:
             if materials.plain(assigned):
                 given = materials.inline(assigned)
+                if function is not None and function.mode == "async" and not assigned.timeout_s:
+                    return await self._run_here(run, function, given)
             else:
                 given = await materials.gather(self._log, self._objects, assigned)
         except (BadInput, ObjectMissing) as error:
@@ -108,12 +117,24 @@ class Attempts:
             return await self._run_function(run, function, given)
         return await self._run_process(run, given)
 
+    async def _run_here(self, run: Run, function: Function[..., Any], given: Materials) -> Event:
+        """A coroutine function without a time limit runs inside its slot: a task of its own would cost more."""
+        assigned = run.assigned
+        try:
+            args, kwargs = function.types.convert(given.args, given.kwargs)
+        except msgspec.ValidationError as error:
+            return _bad_arguments(run, function, error)
+        ended = await judge_async(
+            Call(function.call, args, kwargs, self._context(assigned), tuple(assigned.non_retryable))
+        )
+        return await self._report(run, ended, "", "")
+
     async def _run_function(self, run: Run, function: Function[..., Any], given: Materials) -> Event:
         assigned = run.assigned
         try:
             args, kwargs = function.types.convert(given.args, given.kwargs)
         except msgspec.ValidationError as error:
-            return _failed(run, Failed("error", f"arguments of {function.name}: {error}", retryable=False))
+            return _bad_arguments(run, function, error)
         ended = await self._runner.run(
             function.call,
             args,
@@ -178,7 +199,9 @@ class Attempts:
             try:
                 ref, result = await self._objects.put(value), UNSET
             except OperatingError as error:
-                return _failed(run, Failed("result", f"the result could not be stored: {error}"), stdout, stderr, run_us)
+                return _failed(
+                    run, Failed("result", f"the result could not be stored: {error}"), stdout, stderr, run_us
+                )
         return TaskCompleted(
             id=assigned.id,
             attempt=assigned.attempt,
@@ -208,7 +231,9 @@ def _process_result(path: Path, exited: ProcessExit) -> tuple[Outcome, str]:
 
 def _json_result(data: bytes) -> Outcome:
     if len(data) > RESULT_BYTES_MAX:
-        return Failed("result", f"${RESULT_VARIABLE} holds more than {RESULT_BYTES_MAX} bytes", retryable=False)
+        return Failed(
+            "result", f"${RESULT_VARIABLE} holds more than {RESULT_BYTES_MAX} bytes", retryable=False
+        )
     try:
         value = decode_any(data)
         if unsound(value, DEPTH_MAX - 1) is None:
@@ -220,7 +245,9 @@ def _json_result(data: bytes) -> Outcome:
 
 
 def _declined(assigned: TaskAssigned, reason: str) -> TaskDeclined:
-    return TaskDeclined(id=assigned.id, attempt=assigned.attempt, incarnation=assigned.incarnation, reason=reason)
+    return TaskDeclined(
+        id=assigned.id, attempt=assigned.attempt, incarnation=assigned.incarnation, reason=reason
+    )
 
 
 def _failed(run: Run, ended: Failed, stdout: str = "", stderr: str = "", run_us: int = 0) -> TaskFailed:
@@ -240,6 +267,10 @@ def _failed(run: Run, ended: Failed, stdout: str = "", stderr: str = "", run_us:
     )
 
 
+def _bad_arguments(run: Run, function: Function[..., Any], error: Exception) -> TaskFailed:
+    return _failed(run, Failed("error", f"arguments of {function.name}: {error}", retryable=False))
+
+
 def failed(run: Run, ended: Failed) -> TaskFailed:
     """The report of an attempt that failed."""
     return _failed(run, ended)
@@ -247,4 +278,4 @@ def failed(run: Run, ended: Failed) -> TaskFailed:
 
 def _text(text: str, limit: int = TAIL_LENGTH_MAX) -> str:
     """The end of a text, without what the contract does not allow in strings."""
-    return text[-limit:].replace("\0", "\ufffd")
+    return text[-limit:].replace("\0", "\ufffd") if text else ""

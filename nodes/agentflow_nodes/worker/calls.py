@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from agentflow.context import TaskContext, running
+from agentflow.context import TaskContext, enter, leave, running
 from agentflow_nodes.worker.outcome import Outcome, completed, failed
 
 
@@ -35,10 +35,11 @@ def judge(call: Call) -> Outcome:
 
 
 async def judge_async(call: Call) -> Outcome:
+    """Run the call in this task and say how it ended; only a cancellation from outside is raised."""
+    token = None if call.task is None else enter(call.task)
     try:
-        with _as_task(call.task):
-            value = call.function(*call.args, **call.kwargs)
-            return completed(await value if inspect.isawaitable(value) else value)
+        value = call.function(*call.args, **call.kwargs)
+        return completed(await value if inspect.isawaitable(value) else value)
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
@@ -46,6 +47,9 @@ async def judge_async(call: Call) -> Outcome:
         return failed(_without_our_frame(error), call.non_retryable)
     except BaseException as error:  # noqa: BLE001 - a SystemExit that reaches the loop would end the worker
         return failed(_without_our_frame(error), call.non_retryable)
+    finally:
+        if token is not None:
+            leave(token)
 
 
 def _as_task(task: TaskContext | None) -> contextlib.AbstractContextManager[None]:

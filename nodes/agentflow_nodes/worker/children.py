@@ -56,6 +56,7 @@ class Children:
         self._open = True
 
     async def take(self) -> _Child | None:
+        """A child ready for a call, started if none is idle; None if it does not start."""
         while self._idle:
             child = self._idle.pop()
             if child.sound and not child.has_died():
@@ -76,12 +77,14 @@ class Children:
         return child
 
     async def give_back(self, child: _Child) -> None:
+        """The call is over: the child is kept for the next one if it is still sound."""
         if child.sound and self._open:
             self._idle.append(child)
         else:
             await self._discard(child)
 
     async def close(self) -> None:
+        """End all children and wait until they have ended."""
         self._open = False
         self._idle.clear()
         await asyncio.gather(*(self._discard(child) for child in list(self._all)))

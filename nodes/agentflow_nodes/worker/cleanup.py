@@ -77,6 +77,7 @@ async def uninterrupted(work: Coroutine[None, None, None]) -> None:
 
 
 def without_marks(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what marks our own processes."""
     return {name: value for name, value in env.items() if name not in (TOKEN_VARIABLE, MARK_VARIABLE)}
 
 
@@ -93,9 +94,11 @@ class Helper:
         self._launch()
 
     def started(self, pgid: int) -> None:
+        """A process group to be killed should we die."""
         self._tell(b"+%d\n" % pgid)
 
     def ended(self, pgid: int) -> None:
+        """The process group is gone; its number may be used again."""
         self._tell(b"-%d\n" % pgid)
 
     async def release(self) -> None:

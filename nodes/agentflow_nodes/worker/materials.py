@@ -52,7 +52,10 @@ def plain(assigned: TaskAssigned) -> bool:
 def inline(assigned: TaskAssigned) -> Materials:
     """The materials of a plain assignment."""
     return Materials(
-        _decoded(assigned.args, []), _decoded(assigned.kwargs, {}), _decoded(assigned.argv, []), _decoded(assigned.env, {})
+        _decoded(assigned.args, []),
+        _decoded(assigned.kwargs, {}),
+        _decoded(assigned.argv, []),
+        _decoded(assigned.env, {}),
     )
 
 
@@ -77,7 +80,7 @@ async def gather(log: Log, objects: ObjectStore, assigned: TaskAssigned) -> Mate
 
 
 def _decoded(raw: Raw | UnsetType, default: Any) -> Any:
-    return default if raw is UNSET else _decode(raw)  # type: ignore[arg-type]
+    return default if raw is UNSET else _decode(raw)
 
 
 async def _item(log: Log, seq: int, index: int) -> Any:
@@ -104,7 +107,7 @@ async def _submitted(log: Log, assigned: TaskAssigned) -> Work:
 
 async def _result(log: Log, objects: ObjectStore, given: Input) -> Any:
     if given.value is not UNSET:
-        return _decode(given.value)  # type: ignore[arg-type]
+        return _decode(given.value)
     item = await _item(log, given.seq, given.index)
     if not isinstance(item, TaskCompleted):
         raise ObjectMissing(f"no result lies at {given.seq}, {given.index}")

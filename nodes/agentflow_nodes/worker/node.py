@@ -49,6 +49,8 @@ from agentflow_nodes.worker.outcome import Failed
 STARTED_AFTER_S: Final = 0.1
 """An attempt that runs this long is announced with `task.started`: a person may look."""
 _SWEEP_S: Final = 0.05
+GIVE_UP_S: Final = 5.0
+"""How long a stopped function may go on before its slot is given to others."""
 _YIELD_AFTER: Final = 32
 """Attempts a slot may run in a row before others get a turn."""
 _LEAVE_S: Final = 5.0
@@ -64,7 +66,9 @@ class NameTaken(AgentFlowError):
 class Worker:
     """A worker node. An async context manager: entered means joined, left means drained and gone."""
 
-    def __init__(self, config: WorkerConfig, functions: Mapping[str, Function[..., Any]] | None = None) -> None:
+    def __init__(
+        self, config: WorkerConfig, functions: Mapping[str, Function[..., Any]] | None = None
+    ) -> None:
         self.config: Final = config
         self.functions: Final = registered() if functions is None else functions
         self.bus: Final = Bus(config.url, name=f"agentflow worker {config.name}")
@@ -276,8 +280,11 @@ class Worker:
                 me.uncancel()
                 self._report(run, failed(run, Failed("stopped", run.why)))
             finally:
-                self._slots[me] = None
                 self._running.pop(run.assigned.id, None)
+                if me in self._slots:
+                    self._slots[me] = None
+            if me not in self._slots:
+                return
             if contextvars.copy_context() != clean:
                 # The function left something in its context: nothing of one task may reach another.
                 self._slots.pop(me, None)
@@ -300,6 +307,17 @@ class Worker:
         for slot, current in self._slots.items():
             if current is run:
                 slot.cancel()
+                asyncio.get_running_loop().call_later(GIVE_UP_S, self._give_up, slot, run)
+
+    def _give_up(self, slot: asyncio.Task[None], run: Run) -> None:
+        """The function ignores its cancellation: another slot takes over, this one ends when it does."""
+        if self._slots.get(slot) is not run:
+            return
+        _log.warning("a task ignores that it was stopped", task=run.assigned.id)
+        del self._slots[slot]
+        self._running.pop(run.assigned.id, None)
+        self._report(run, failed(run, Failed("stopped", run.why)))
+        self._open_slot()
 
     async def _end_slots(self, why: str) -> None:
         slots = list(self._slots)

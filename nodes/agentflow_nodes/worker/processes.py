@@ -348,7 +348,7 @@ class ProcessRunner:
             self._helper.started(child.pid)
         return child
 
-    def _popen(  # noqa: PLR0917
+    def _popen(
         self,
         argv: Sequence[str],
         env: Mapping[str, str],

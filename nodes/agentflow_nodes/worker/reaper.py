@@ -70,7 +70,8 @@ def look_at(pid: int) -> Seen | None:
 def census() -> list[Seen]:
     """Every living process but this one."""
     me = os.getpid()
-    found = (look_at(int(name)) for name in os.listdir("/proc") if name.isdigit() and int(name) != me)
+    names = (entry.name for entry in os.scandir("/proc"))
+    found = (look_at(int(name)) for name in names if name.isdigit() and int(name) != me)
     return [seen for seen in found if seen is not None]
 
 
