@@ -45,7 +45,7 @@ _PING_INTERVAL_S: Final = 2
 _PINGS_OUTSTANDING_MAX: Final = 2
 _CONNECT_TIMEOUT_S: Final = 2
 _CLOSE_TIMEOUT_S: Final = 2.0
-_READ_BUFFER_BYTES: Final = 256 * 1024
+_READ_BUFFER_BYTES: Final = 64 * 1024
 # Above the first, writers that can wait do; above the second, a write is refused.
 _BACKLOG_BYTES_HIGH: Final = 4 * 1024 * 1024
 _BACKLOG_BYTES_MAX: Final = 256 * 1024 * 1024
@@ -214,7 +214,7 @@ class _Transport(TcpTransport):
         return True
 
     async def connect(self, uri: ParseResult, buffer_size: int, connect_timeout: int) -> None:
-        """Connect with a read buffer that does not stop the server every 64 KiB."""
+        """Connect with a read buffer of twice nats-py's size: fewer turns of the loop a megabyte."""
         await super().connect(uri, max(buffer_size, _READ_BUFFER_BYTES), connect_timeout)
 
     async def read(self, buffer_size: int) -> bytes:

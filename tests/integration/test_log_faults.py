@@ -312,6 +312,35 @@ def client_of(bus: Bus) -> object:
     return None if connection is None else connection._client  # noqa: SLF001
 
 
+@pytest.mark.parametrize("lost", [3, 6], ids=["in the middle", "at the end"])
+@pytest.mark.parametrize("subjects", [(), (SUBMITTED,)], ids=["all subjects", "one subject"])
+async def test_a_delivery_that_got_lost_is_fetched_again(
+    shaky: Bus, log: JetStreamLog, lost: int, subjects: Sequence[str]
+) -> None:
+    known = set(shaky._subscriptions)  # noqa: SLF001
+    async with Reader(log, subjects=subjects) as reader:
+        assert isinstance(await log.append(frame(1)), Done)
+        await reader.reaches(1)
+        (sid,) = set(shaky._subscriptions) - known  # noqa: SLF001
+        lose_message(shaky, sid, seq=lost)
+        for number in range(2, 7):
+            assert isinstance(await log.append(frame(number)), Done)
+        await reader.reaches(6)
+
+
+def lose_message(bus: Bus, sid: int, seq: int) -> None:
+    """Let one message of a subscription not arrive."""
+    assert bus._connection is not None  # noqa: SLF001
+    callbacks = bus._connection._client.callbacks  # noqa: SLF001
+    deliver = callbacks[sid]
+
+    def deliver_others(subject: str, data: bytes, reply: str, headers: dict[str, str] | None) -> None:
+        if data != frame(seq).data:
+            deliver(subject, data, reply, headers)
+
+    callbacks[sid] = deliver_others
+
+
 async def test_a_slow_reader_stops_the_server_and_loses_nothing(
     log: JetStreamLog, steady: JetStreamLog
 ) -> None:
