@@ -148,10 +148,10 @@ async def test_a_question_under_way_is_unknown_as_soon_as_the_connection_is_lost
 
 
 async def test_an_error_that_ends_the_connection_is_survived(nats_server: NatsServer, bus: Bus) -> None:
-    connection = bus._connection  # noqa: SLF001
+    connection = bus._connection
     assert connection is not None
-    connection._write(b"NONSENSE\r\n")  # noqa: SLF001
-    await eventually(lambda: bus._connection is not connection and bus.connected)  # noqa: SLF001
+    connection._write(b"NONSENSE\r\n")
+    await eventually(lambda: bus._connection is not connection and bus.connected)
     assert nats_server.name in (await bus.request("$SYS.REQ.USER.INFO", b"", 5)).decode()
 
 

@@ -308,8 +308,8 @@ def is_read_loop_of(task: asyncio.Task[object], bus: Bus) -> bool:
 
 def client_of(bus: Bus) -> object:
     """The foreign client below the bus."""
-    connection = bus._connection  # noqa: SLF001
-    return None if connection is None else connection._client  # noqa: SLF001
+    connection = bus._connection
+    return None if connection is None else connection._client
 
 
 @pytest.mark.parametrize("lost", [3, 6], ids=["in the middle", "at the end"])
@@ -317,11 +317,11 @@ def client_of(bus: Bus) -> object:
 async def test_a_delivery_that_got_lost_is_fetched_again(
     shaky: Bus, log: JetStreamLog, lost: int, subjects: Sequence[str]
 ) -> None:
-    known = set(shaky._subscriptions)  # noqa: SLF001
+    known = set(shaky._subscriptions)
     async with Reader(log, subjects=subjects) as reader:
         assert isinstance(await log.append(frame(1)), Done)
         await reader.reaches(1)
-        (sid,) = set(shaky._subscriptions) - known  # noqa: SLF001
+        (sid,) = set(shaky._subscriptions) - known
         lose_message(shaky, sid, seq=lost)
         for number in range(2, 7):
             assert isinstance(await log.append(frame(number)), Done)
@@ -330,8 +330,8 @@ async def test_a_delivery_that_got_lost_is_fetched_again(
 
 def lose_message(bus: Bus, sid: int, seq: int) -> None:
     """Let one message of a subscription not arrive."""
-    assert bus._connection is not None  # noqa: SLF001
-    callbacks = bus._connection._client.callbacks  # noqa: SLF001
+    assert bus._connection is not None
+    callbacks = bus._connection._client.callbacks
     deliver = callbacks[sid]
 
     def deliver_others(subject: str, data: bytes, reply: str, headers: dict[str, str] | None) -> None:
