@@ -396,7 +396,7 @@ class ObjectStore:
 
     def _discard(self, nuid: str | None, *, unless: str = "") -> None:
         """Ask for the removal of chunks nothing refers to. If it gets lost, they are garbage."""
-        if nuid is None or nuid == unless:
+        if nuid is None or nuid == unless or not wire.is_name(nuid):  # a wildcard would remove others'
             return
         payload = msgspec.json.encode({"filter": wire.object_chunks(self._namespace, nuid)})
         try:
