@@ -33,7 +33,7 @@ _RETRIED: Final = frozenset({Reason.BUSY})
 _RETRIED_FOR_EVER: Final = frozenset({Reason.BUSY, Reason.FULL, Reason.GONE, Reason.OTHER})
 
 # A worker's outcomes are independent of each other, but not of their own starts.
-_RANK: Final = {"task.started": 0, "task.completed": 1, "task.failed": 2, "task.declined": 3}
+_FIRST: Final = "task.started"
 
 _log = structlog.get_logger(__name__)
 
@@ -43,16 +43,19 @@ class _Said(Struct):
 
     kind: str
     events: Sequence[Event]
-    told: asyncio.Future[int] | None
+    told: asyncio.Future[int] | None = None
     batch: Sequence[tuple[str, bytes]] = ()
+    number: int = 0
+    """Orders what was said."""
 
 
 class Writer:
-    """Writes an actor's events. An async context manager; leaving it waits for what was said.
+    """Writes an actor's events. An async context manager; leaving it gives up what was not written.
 
     `patience_s` bounds how long a write may stay unknown before `write` raises; None: for
     ever, for workers, whose outcomes nobody else knows. `grouped` lets events of one kind
-    overtake others where their order does not matter: a worker's.
+    overtake others where their order does not matter: a worker's. What was said first still
+    decides what comes next, so that no kind waits for ever; but starts come before outcomes.
     """
 
     def __init__(
@@ -64,7 +67,10 @@ class Writer:
         self._patience_s = patience_s
         self._nonce = secrets.token_urlsafe(9)
         self._numbers = itertools.count(1)
-        self._queue: deque[_Said] = deque()
+        self._said = itertools.count(1)
+        # By kind; all in one if they are not grouped.
+        self._queues: dict[str, deque[_Said]] = {}
+        self._taken: list[_Said] = []
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -82,61 +88,69 @@ class Writer:
             return
         task.cancel()
         await asyncio.wait([task])
-        for said in self._queue:
-            if said.told is not None and not said.told.done():
-                said.told.set_exception(AppendUnknown("the writer was closed"))
+        left = self._taken + [said for queue in self._queues.values() for said in queue]
+        self._queues.clear()
+        _tell_error([said for said in left if said.told is not None], AppendUnknown("the writer was closed"))
 
     def say(self, event: Event) -> None:
         """Write an event sometime soon; failing is logged."""
-        self._enter(_Said(event.kind, (event,), None))
+        self._enter(_Said(event.kind, (event,)))
 
     async def write(self, events: Sequence[Event]) -> int:
         """Write events of one kind; the sequence of the message with the last of them.
 
-        Raises InvalidRequest if one is too large, AppendRefused, AppendUnknown.
+        Raises InvalidRequest if one is too large or no JSON (then none is written), AppendRefused,
+        AppendUnknown.
         """
-        return await self._enter_and_wait(_Said(events[0].kind, events, None))
+        return await self._enter_and_wait(_Said(events[0].kind, events))
 
     async def write_batch(self, batch: Sequence[tuple[str, bytes]]) -> int:
         """Write frames, given as kind and data, next to each other or not at all."""
-        return await self._enter_and_wait(_Said("", (), None, batch))
+        return await self._enter_and_wait(_Said("", (), batch=batch))
 
     async def settled(self) -> None:
         """Wait until everything said so far is written."""
         await self._idle.wait()
 
     async def _enter_and_wait(self, said: _Said) -> int:
+        if self._task is None or self._task.done():
+            raise AppendUnknown("the writer is closed: nothing was sent")
         said.told = asyncio.get_running_loop().create_future()
         self._enter(said)
         return await said.told
 
     def _enter(self, said: _Said) -> None:
-        self._queue.append(said)
+        said.number = next(self._said)
+        kind = said.kind if self._grouped else ""
+        queue = self._queues.get(kind)
+        if queue is None:
+            queue = self._queues[kind] = deque()
+        queue.append(said)
         self._idle.clear()
         self._wake.set()
 
     async def _run(self) -> None:
         while True:
-            while not self._queue:
+            while not any(self._queues.values()):
                 self._idle.set()
                 self._wake.clear()
                 await self._wake.wait()
                 if self._grouped:
                     # What is ready to run now may have something to say too: one frame for all of it.
                     await asyncio.sleep(0)
-            taken = self._take()
+            self._taken = self._take()
             try:
-                seq = await self._store(taken)
-            except (OperatingError, InvalidRequest) as error:
-                _tell_error(taken, error)
-            else:
-                _tell(taken, seq)
+                await self._settle(self._taken)
+            except Exception as error:
+                _tell_error(self._taken, AppendUnknown(f"the writer failed: {error!r}"))
+                raise
+            self._taken = []
 
     def _take(self) -> list[_Said]:
         """The next run of the same kind."""
-        queue = self._queue
-        if self._grouped and len(queue) > 1:
-            self._queue = queue = deque(sorted(queue, key=lambda said: _RANK.get(said.kind, len(_RANK))))
+        queue = self._queues.get(_FIRST)
+        if not queue:
+            queue = min(filter(None, self._queues.values()), key=lambda queue: queue[0].number)
         first = queue.popleft()
         taken = [first]
         count = len(first.events)
@@ -147,21 +161,30 @@ class Writer:
             taken.append(queue.popleft())
         return taken
 
+    async def _settle(self, taken: list[_Said]) -> None:
+        """Write, and tell those who wait."""
+        try:
+            seq = await self._store(taken)
+        except InvalidRequest as error:
+            if len(taken) == 1:
+                _tell_error(taken, error)
+                return
+            # One of them cannot be written; the others are not to suffer for it.
+            for said in taken:
+                await self._settle([said])
+        except OperatingError as error:
+            _tell_error(taken, error)
+        else:
+            _tell(taken, seq)
+
     async def _store(self, taken: list[_Said]) -> int:
         first = taken[0]
         if first.batch:
             return await self._store_batch(first.batch)
         events = [event for said in taken for event in said.events] if len(taken) > 1 else first.events
         seq = 0
-        for start in range(0, len(events), FRAME_EVENTS_GOOD):
-            try:
-                filled = compose(events[start : start + FRAME_EVENTS_GOOD])
-            except TooLarge as error:
-                raise InvalidRequest(str(error)) from error
-            except (TypeError, ValueError) as error:
-                raise InvalidRequest(f"not JSON: {error}") from error
-            for frame in filled:
-                seq = await self._store_frame(self._frame(first.kind, frame.data))
+        for data in _composed(events):
+            seq = await self._store_frame(self._frame(first.kind, data))
         return seq
 
     def _frame(self, kind: str, data: bytes) -> Frame:
@@ -194,11 +217,30 @@ class Writer:
         if isinstance(appended, Refused):
             retried = _RETRIED if self._patience_s is not None else _RETRIED_FOR_EVER
             if appended.reason not in retried or pauses.spent:
+                if pauses.in_doubt:
+                    # Only the last attempt was certainly not stored.
+                    raise AppendUnknown(f"an earlier attempt may be stored: {appended.detail}")
                 raise AppendRefused(appended.code, f"{appended.reason}: {appended.detail}")
-        elif pauses.spent:
-            raise AppendUnknown(f"not acknowledged within {self._patience_s} s: {appended.detail}")
+        else:
+            pauses.in_doubt = True
+            if pauses.spent:
+                raise AppendUnknown(f"not acknowledged within {self._patience_s} s: {appended.detail}")
         _log.debug("write repeated", actor=self._actor, why=appended.detail)
         return None
+
+
+def _composed(events: Sequence[Event]) -> list[bytes]:
+    """The frames for events of one kind: all of them, or InvalidRequest before any is written."""
+    try:
+        return [
+            frame.data
+            for start in range(0, len(events), FRAME_EVENTS_GOOD)
+            for frame in compose(events[start : start + FRAME_EVENTS_GOOD])
+        ]
+    except TooLarge as error:
+        raise InvalidRequest(str(error)) from error
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"not JSON: {error}") from error
 
 
 class _Pauses:
@@ -207,6 +249,8 @@ class _Pauses:
     def __init__(self, patience_s: float | None) -> None:
         self._until = None if patience_s is None else asyncio.get_running_loop().time() + patience_s
         self._pause_s = _PAUSE_S_FIRST
+        self.in_doubt = False
+        """Whether an attempt may have been stored."""
 
     @property
     def spent(self) -> bool:
