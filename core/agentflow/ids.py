@@ -19,7 +19,6 @@ DERIVED_PREFIX: Final = "at-"
 TASK_SEPARATOR: Final = "/"
 _ID: Final = re.compile(rf"(?!{DERIVED_PREFIX})[A-Za-z0-9_-]{{1,{ID_LENGTH_MAX}}}")
 _UUID7: Final = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
-_UUID_LENGTH: Final = 36
 
 _is_id = _ID.fullmatch
 
@@ -31,20 +30,13 @@ def is_id(text: str) -> bool:
 
 def uuid7_time_ms(text: str) -> int | None:
     """The creation time inside a UUIDv7, Unix milliseconds; None for any other id."""
-    return time_ms_if_uuid7(text) if _UUID7.fullmatch(text) else None
+    return int(text[:8] + text[9:13], 16) if _UUID7.fullmatch(text) else None
 
 
-def time_ms_if_uuid7(text: str) -> int | None:
-    """What `uuid7_time_ms` gives for a UUIDv7; for other ids that look like one, anything.
-
-    A third of the time it takes to be sure: enough where an ordinary time needs no second look.
-    """
-    if len(text) != _UUID_LENGTH or text[14] != "7" or text[8] != "-":
-        return None
-    try:
-        return int.from_bytes(bytes.fromhex(text[:8] + text[9:13]))
-    except ValueError:
-        return None
+def uuid7_prefix(time_ms: int) -> str:
+    """How a UUIDv7 made at a time begins: UUIDv7 sort by time, so two of these bound a span."""
+    made = f"{time_ms:012x}"
+    return f"{made[:8]}-{made[8:]}"
 
 
 def derived(seq: int, index: int) -> str:

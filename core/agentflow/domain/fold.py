@@ -75,6 +75,9 @@ EXPECTATIONS_MAX: Final = 10_000
 TIMERS_MIN: Final = 1_024
 """Timers below this number are not worth cleaning up."""
 
+_NEWEST_STEP_MS: Final = 60_000
+"""How often the bound on ids from the future moves on."""
+
 
 def fold(state: Namespace, seq: int, time_ns: int, judged: Judged) -> list[Verdict]:
     """Fold one message; the verdict on each of its events, or on the message as a whole.
@@ -90,6 +93,9 @@ def fold(state: Namespace, seq: int, time_ns: int, judged: Judged) -> list[Verdi
         state.clock_ms = server_ms
     state.server_ms = server_ms
     state.seq = seq
+    if server_ms > state.newest_ms - ID_AHEAD_MS_MAX + _NEWEST_STEP_MS:
+        state.newest_ms = server_ms + ID_AHEAD_MS_MAX
+        state.newest = ids.uuid7_prefix(state.newest_ms)
     if state.parts and (judged.kind not in _PARTS or seq != state.parts_seq + 1):
         state.parts.clear()
     at = At(seq, 0, server_ms, judged.actor)
@@ -152,6 +158,8 @@ def evolve(state: Namespace, event: Event, at: At) -> Verdict:  # noqa: C901, PL
     match event:
         case TaskSubmitted():
             return _task_submitted(state, event, at)
+        case TaskAssigned():
+            return _decided(state, event, at)
         case TaskCompleted():
             return _task_completed(state, event, at)
         case TaskStarted():
@@ -222,7 +230,7 @@ def _task_submitted(state: Namespace, event: TaskSubmitted, at: At) -> Verdict:
     task_id = event.id or ids.derived(at.seq, at.index)
     task = new_task(state, event, task_id, at, notify=event.notify)
     if event.id:
-        verdict = _known(state, task_id, task.digest, at)
+        verdict = _known(state, task_id, task.digest)
         if verdict is not None:
             release_terms(state, task.terms)
             return verdict
@@ -243,23 +251,23 @@ def _overloaded(state: Namespace, more: int) -> Verdict | None:
     return None
 
 
-def _known(state: Namespace, new_id: str, digest: int, at: At) -> Verdict | None:
+def _known(state: Namespace, new_id: str, digest: int) -> Verdict | None:
     """What to say of an id that was used before, or cannot be judged any more."""
     known = state.tasks.get(new_id) or state.workflows.get(new_id) or state.closed.get(new_id)
     if known is not None:
         if known.digest == digest:
             return DUPLICATE
         return _rejected(Reason.CONFLICT, f"{new_id} was submitted before with another body")
-    made_ms = ids.time_ms_if_uuid7(new_id)
-    if made_ms is None or state.closed.horizon_ms <= made_ms <= at.server_ms + ID_AHEAD_MS_MAX:
+    if state.closed.oldest < new_id < state.newest:
         return None
-    return _out_of_time(new_id, made_ms, at)
+    return _out_of_time(state, new_id)
 
 
-def _out_of_time(new_id: str, made_ms: int, at: At) -> Verdict | None:
-    if ids.uuid7_time_ms(new_id) is None:
+def _out_of_time(state: Namespace, new_id: str) -> Verdict | None:
+    made_ms = ids.uuid7_time_ms(new_id)
+    if made_ms is None or state.closed.horizon_ms <= made_ms < state.newest_ms:
         return None
-    if made_ms < at.server_ms:
+    if made_ms < state.newest_ms:
         return _rejected(Reason.TOO_OLD, f"{new_id} is older than the ids remembered: was it accepted before?")
     return _rejected(Reason.FROM_THE_FUTURE, f"{new_id} is from the future: is the client's clock right?")
 
@@ -290,7 +298,7 @@ def _workflow_submitted(state: Namespace, event: WorkflowSubmitted, at: At) -> V
     if fault is not None:
         return _rejected(*fault)
     digest = digest_of_workflow(event, tasks)
-    verdict = (_known(state, workflow_id, digest, at) if event.id else None) or _overloaded(state, len(tasks))
+    verdict = (_known(state, workflow_id, digest) if event.id else None) or _overloaded(state, len(tasks))
     if verdict is not None:
         return verdict
     workflow = workflows.build(state, event, workflow_id, submitted, digest, at)

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from msgspec import Struct, field
 
+from agentflow import ids
 from agentflow.domain.life import State, WorkflowState
 from agentflow.domain.queue import Demand, Line, Queue
 from agentflow.events import EventRejected, ObjectRef, Policy, Reason, Retry, WorkflowPart
@@ -239,18 +240,21 @@ class Memory:
     Its horizon is the time the older generation was begun.
     """
 
-    __slots__ = ("current", "horizon_ms", "previous", "started_ms")
+    __slots__ = ("current", "horizon_ms", "oldest", "previous", "started_ms")
 
     def __init__(self) -> None:
         self.current: dict[str, int] = {}
         self.previous: dict[str, int] = {}
         self.started_ms = 0
         self.horizon_ms = 0
+        self.oldest = ids.uuid7_prefix(0)
+        """Beginning of a UUIDv7 made at the horizon."""
 
     def add(self, key: str, closed: Closed, server_ms: int) -> None:
         """Remember an ended id."""
         if len(self.current) >= CLOSED_IDS_MAX:
             self.horizon_ms = self.started_ms
+            self.oldest = ids.uuid7_prefix(self.horizon_ms)
             self.started_ms = server_ms
             self.previous, self.current = self.current, {}
         code = _CODE[type(closed.state), closed.state]
@@ -283,6 +287,10 @@ class Namespace:
         """Server time of the last message."""
         self.clock_ms = 0
         """Log time: server time, never going backwards."""
+        self.newest_ms = 0
+        """UUIDv7 from this server time on are from the future."""
+        self.newest = ""
+        """Beginning of a UUIDv7 made then."""
         self.epoch = 0
         self.leader = ""
         self.elected_seq = 0
