@@ -139,6 +139,13 @@ def _count(state: Namespace, verdict: Verdict, event: Any, at: At) -> None:
         state.quarantined += 1
     elif verdict.kind is Kind.SUPERSEDED:
         state.superseded += 1
+    if verdict.kind in _TOLD and isinstance(event, TaskSubmitted | WorkflowSubmitted) and event.notify:
+        why = (str(verdict.reason), verdict.detail)
+        state.ended.append(Ended(event.id, verdict.kind, at.actor, event.notify, at.seq, at.index, why))
+
+
+_TOLD: Final = frozenset({Kind.REJECTED, Kind.DUPLICATE})
+"""Verdicts on a submission of which its client is told."""
 
 
 def _answer(state: Namespace, verdict: Verdict, given_id: str, at: At) -> None:
@@ -386,6 +393,7 @@ def _task_assigned(state: Namespace, event: TaskAssigned, at: At) -> Verdict:
     task.expected_us = expected_us
     worker.expected_us += expected_us
     worker.held[task.id] = task
+    worker.assigned_seq = at.seq
     worker.suspects += task.suspect
     state.last_worker = worker.name
     state.running += 1
@@ -687,7 +695,7 @@ def _end(state: Namespace, task: Task, final: State, at: At, event: Any) -> None
         release_terms(state, terms)
         return
     workflow = task.node.workflow
-    _count_ended(workflow, task)
+    _count_ended(workflow, task, at)
     if final is State.COMPLETED:
         for dependent in task.node.dependents:
             node = _node(dependent)
@@ -695,17 +703,19 @@ def _end(state: Namespace, task: Task, final: State, at: At, event: Any) -> None
             if not node.waiting and dependent.state is State.PENDING:
                 _ready(state, dependent)
     else:
-        _skip_dependents(state, task)
+        _skip_dependents(state, task, at)
     if not workflow.open:
         _end_workflow(state, workflow.id, at, event)
 
 
-def _count_ended(workflow: Any, task: Task) -> None:
+def _count_ended(workflow: Any, task: Task, at: At) -> None:
+    node = _node(task)
+    node.end_seq, node.end_index = at.seq, at.index
     workflow.open -= 1
     workflow.counts[task.state] = workflow.counts.get(task.state, 0) + 1
 
 
-def _skip_dependents(state: Namespace, task: Task) -> None:
+def _skip_dependents(state: Namespace, task: Task, at: At) -> None:
     waiting = list(_node(task).dependents)
     while waiting:
         dependent = waiting.pop()
@@ -714,7 +724,7 @@ def _skip_dependents(state: Namespace, task: Task) -> None:
         dependent.state = State.SKIPPED
         dependent.error = f"{task.id} ended {task.state}"
         state.cancels.pop(dependent.id, None)
-        _count_ended(_node(dependent).workflow, dependent)
+        _count_ended(_node(dependent).workflow, dependent, at)
         waiting += _node(dependent).dependents
 
 
@@ -728,9 +738,8 @@ def _end_workflow(state: Namespace, workflow_id: str, at: At, event: Any) -> Non
     for task in workflow.tasks.values():
         del state.tasks[task.id]
         node = _node(task)
-        position = (node.result.seq, node.result.index) if node.result is not None else (at.seq, at.index)
         assert isinstance(task.state, State)
-        state.closed.add(task.id, Closed(task.state, *position, task.digest), at.server_ms)
+        state.closed.add(task.id, Closed(task.state, node.end_seq, node.end_index, task.digest), at.server_ms)
         release_terms(state, task.terms)
         node.dependents = []
         task.node = None

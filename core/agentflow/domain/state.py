@@ -75,6 +75,9 @@ class Node(Struct):
     uses: tuple[str, ...] = ()
     """Task ids whose results it wants."""
     result: Result | None = None
+    end_seq: int = 0
+    """Position of the event that ended the task; 0 while it is open."""
+    end_index: int = 0
 
 
 class Task(Struct, gc=False):
@@ -157,6 +160,8 @@ class Worker(Struct):
     used_memory_mb: int = 0
     used_gpus: int = 0
     suspects: int = 0
+    assigned_seq: int = 0
+    """Sequence of the last message that assigned it something."""
     completed: int = 0
     failed: int = 0
 
@@ -200,14 +205,15 @@ class At(Struct, gc=False):
 
 
 class Ended(Struct, frozen=True, gc=False):
-    """A task or workflow that reached a final state, for whoever has to be told."""
+    """A task or workflow that reached a final state or was not accepted, for whoever has to be told."""
 
     id: str
-    state: State | WorkflowState
+    state: State | WorkflowState | Kind
+    """A final state, or what the fold made of a submission that was not accepted."""
     client: str
     notify: str
     seq: int
-    """Position of the event that ended it."""
+    """Position of the event that ended it, or of the submission."""
     index: int
     event: Any
     """That event."""
@@ -332,7 +338,8 @@ class Namespace:
         """State of a task or workflow and, once it ended, the position of its end; "unknown" otherwise."""
         known = self.tasks.get(task)
         if known is not None:
-            return known.state, ()
+            node = known.node
+            return known.state, (node.end_seq, node.end_index) if node is not None and node.end_seq else ()
         if task in self.workflows:
             return WorkflowState.RUNNING, ()
         closed = self.closed.get(task)
