@@ -22,11 +22,11 @@ from types import TracebackType
 from typing import Final, Self
 from urllib.parse import urlsplit
 
-import structlog
 from msgspec import Struct
 
 from agentflow.connection import DESCRIPTION, STATUS, Connection, Headers, OnMessage, check_subject
 from agentflow.errors import Disconnected, OperatingError
+from agentflow.logs import get_logger
 
 # A pause before each attempt, drawn from [0, limit): a thousand workers must not come back at once.
 _PAUSE_S_FIRST: Final = 0.1
@@ -41,7 +41,7 @@ _NO_RESPONDERS: Final = "503"
 _NOT_PERMITTED: Final = "403"
 _VIOLATION: Final = re.compile(r'permissions violation for publish to "([^"]+)"', re.IGNORECASE)
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Reply(Struct, frozen=True, gc=False):

@@ -24,12 +24,12 @@ from agentflow.events import (
     TaskFailed,
     TaskReprioritized,
     TaskSubmitted,
+    Work,
     WorkerJoined,
     WorkflowCancelRequested,
     WorkflowPart,
     WorkflowSubmitted,
     WorkflowTask,
-    Work,
 )
 from agentflow.limits import (
     ATTEMPTS_MAX,

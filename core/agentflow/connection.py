@@ -23,11 +23,11 @@ import ssl
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
 
-import structlog
 from nats.aio.client import Client
 from nats.aio.transport import TcpTransport
 
 from agentflow.errors import Disconnected, InvalidRequest
+from agentflow.logs import get_logger
 
 if TYPE_CHECKING:
     from urllib.parse import ParseResult
@@ -52,7 +52,7 @@ _BACKLOG_BYTES_MAX: Final = 256 * 1024 * 1024
 
 _UNSAFE: Final = re.compile(r"[\x00-\x20\x7f]")
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Connection:

@@ -27,7 +27,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
-import structlog
 from msgspec import Struct
 
 from agentflow import wire
@@ -46,6 +45,7 @@ from agentflow.errors import (
 from agentflow.events import ObjectRef
 from agentflow.log.publisher import NO_RESPONDERS, ApiError, PubAck, Publisher, read_ack
 from agentflow.log.stream import ApiFailed, StreamInfo, ask, get_message, stream_info
+from agentflow.logs import get_logger
 
 OBJECT_BYTES_MAX: Final = 256 * 1024 * 1024
 """Largest object."""
@@ -89,7 +89,7 @@ _DIGEST_PREFIX: Final = "SHA-256="
 
 T = TypeVar("T")
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Objects(Protocol):

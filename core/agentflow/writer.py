@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Final, Self
 
-import structlog
 from msgspec import Struct
 
 from agentflow import wire
@@ -24,6 +23,7 @@ from agentflow.errors import AppendRefused, AppendUnknown, InvalidRequest, Opera
 from agentflow.events import Event
 from agentflow.frames import TooLarge, compose
 from agentflow.log.port import Appended, Done, Frame, Log, Reason, Refused
+from agentflow.logs import get_logger
 
 FRAME_EVENTS_GOOD: Final = 1_000
 """Events that go into one frame at the most: larger ones would keep readers waiting."""
@@ -35,7 +35,7 @@ _RETRIED_FOR_EVER: Final = frozenset({Reason.BUSY, Reason.FULL, Reason.GONE, Rea
 # A worker's outcomes are independent of each other, but not of their own starts.
 _FIRST: Final = "task.started"
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class _Said(Struct):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import sys
 
-import structlog
 import uvloop
 
 import tests.bench.app  # noqa: F401 - registers the functions
@@ -36,7 +34,6 @@ def main() -> None:
     """Parse `ROLE URL NAME [SLOTS]`."""
     role, url, name = sys.argv[1:4]
     slots = int(sys.argv[4]) if len(sys.argv) > 4 else 8  # noqa: PLR2004
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     uvloop.run(run(role, url, name, slots, functions=True))
 
 

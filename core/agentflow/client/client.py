@@ -16,7 +16,6 @@ from types import TracebackType
 from typing import Any, Final, ParamSpec, Self, TypeVar
 
 import msgspec
-import structlog
 from msgspec import Struct, structs
 
 from agentflow import frames, wire
@@ -45,6 +44,7 @@ from agentflow.fresh import new_id
 from agentflow.limits import FRAME_BYTES_MAX, INLINE_BYTES_MAX, WORKFLOW_PARTS_MAX
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Log, Message
+from agentflow.logs import get_logger
 from agentflow.notices import Status, StatusReply, StatusRequest, decode_notices, decode_status_reply
 from agentflow.objects import ObjectStore
 from agentflow.writer import FRAME_EVENTS_GOOD, Writer
@@ -63,7 +63,7 @@ _ASK_IDS_MAX: Final = 1_000
 _UNKNOWN_MAX: Final = 3
 """Times the leader may not know an id before the whole log is searched for it."""
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class LoggedEvent(Struct, frozen=True, gc=False):

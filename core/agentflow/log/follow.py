@@ -18,13 +18,12 @@ import random
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Final
 
-import structlog
-
 from agentflow.bus import Bus, Subscription
 from agentflow.connection import Headers
 from agentflow.errors import Disconnected, LogGone
 from agentflow.log.port import Message
 from agentflow.log.stream import ApiFailed, StreamInfo, ask, stream_info
+from agentflow.logs import get_logger
 
 _HEARTBEAT_S: Final = 1.0
 _HEARTBEATS_MISSED_MAX: Final = 3
@@ -35,7 +34,7 @@ _PAUSE_S_MAX: Final = 1.0
 _STALLED: Final = "Nats-Consumer-Stalled"
 _LAST_CONSUMER: Final = "Nats-Last-Consumer"
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 async def follow(

@@ -15,7 +15,6 @@ import secrets
 from collections.abc import Callable, Sequence
 from typing import Final
 
-import structlog
 from msgspec.structs import replace
 
 from agentflow import wire
@@ -23,6 +22,7 @@ from agentflow.domain.plan import Plan, Silence, plan
 from agentflow.events import Event, LeaderElected, Policy, PolicyChanged, Role, TaskAssigned, TaskQuarantined
 from agentflow.frames import Decision, Judged, TooLarge, compose, encode
 from agentflow.log.port import Appended, Done, Fence, Frame, Log, Reason, Refused
+from agentflow.logs import get_logger
 from agentflow_nodes.master.follower import Follower
 
 IN_FLIGHT_MAX: Final = 12
@@ -35,7 +35,7 @@ _WAKE_S_MAX: Final = 1.0
 _BUSY_PAUSE_S: Final = 0.005
 _FRAME_EVENTS: Final = 1_000
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class End(enum.Enum):

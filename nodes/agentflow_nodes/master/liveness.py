@@ -11,15 +11,15 @@ from collections.abc import Callable
 from typing import Final
 
 import msgspec
-import structlog
 from msgspec import Struct
 
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.domain.plan import Silence
 from agentflow.domain.state import Namespace
+from agentflow.logs import get_logger
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Heartbeat(Struct, frozen=True):

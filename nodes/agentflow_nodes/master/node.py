@@ -9,7 +9,6 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Final, Self
 
-import structlog
 from msgspec import Struct
 
 from agentflow import wire
@@ -20,6 +19,7 @@ from agentflow.events import Policy
 from agentflow.frames import encode
 from agentflow.lease import Lease, LeaseStore
 from agentflow.log.jetstream import JetStreamLog
+from agentflow.logs import get_logger
 from agentflow_nodes.master.follower import Follower
 from agentflow_nodes.master.leader import End, Leader
 from agentflow_nodes.master.liveness import Liveness
@@ -33,7 +33,7 @@ _ASK_SHARE: Final = 4
 # A fold of a million tasks is long-lived objects only: collecting them often buys nothing.
 _GC_THRESHOLD: Final = (100_000, 20, 100)
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class MasterConfig(Struct, frozen=True, kw_only=True):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import msgspec
-import structlog
 from msgspec import UNSET, Struct
 
 from agentflow import wire
@@ -16,6 +15,7 @@ from agentflow.domain.state import Ended, Namespace
 from agentflow.errors import OperatingError
 from agentflow.events import TaskCancelled, TaskCompleted, TaskFailed, TaskQuarantined, TaskTimedOut
 from agentflow.frames import encode
+from agentflow.logs import get_logger
 from agentflow.notices import (
     NOTICE_RESULT_MAX,
     NOTICES_MAX,
@@ -28,7 +28,7 @@ from agentflow.notices import (
 IDS_MAX: Final = 5_000
 """Most ids in one question to the status service."""
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 def tell(bus: Bus, namespace: str, ended: Sequence[Ended]) -> None:

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import pebble
-import structlog
 
+from agentflow.logs import get_logger
 from agentflow_nodes.worker.calls import Call, judge, settle
 from agentflow_nodes.worker.cleanup import Census, uninterrupted
 from agentflow_nodes.worker.outcome import Completed, Failed, Outcome, crashed, refused
@@ -38,7 +38,7 @@ EXIT_REPORT_S = 0.5
 
 _PR_SET_PDEATHSIG = 1
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 _decode = msgspec.json.Decoder(Completed | Failed).decode
 _encode = msgspec.json.Encoder().encode
 

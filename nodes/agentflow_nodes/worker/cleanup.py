@@ -9,8 +9,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-import structlog
-
+from agentflow.logs import get_logger
 from agentflow_nodes.worker import reaper
 from agentflow_nodes.worker.reaper import MARK_VARIABLE, TOKEN_VARIABLE
 
@@ -22,7 +21,7 @@ HELPER_EXIT_S = 5.0
 HELPER_RESTART_S = 1.0
 HELPER_RESTARTS_MAX = 100
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class Census:

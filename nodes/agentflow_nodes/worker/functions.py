@@ -21,9 +21,8 @@ import queue
 import threading
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import structlog
-
 from agentflow.context import TaskContext
+from agentflow.logs import get_logger
 from agentflow_nodes.worker.calls import Call, judge, judge_async, settle
 from agentflow_nodes.worker.children import Children
 from agentflow_nodes.worker.cleanup import uninterrupted
@@ -48,7 +47,7 @@ CANCEL_GRACE_S = 2.0
 ABANDONED_MAX = 256
 """Threads that may go on after their time limit before this worker refuses to start more."""
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class FunctionRunner:

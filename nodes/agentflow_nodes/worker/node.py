@@ -19,8 +19,6 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Final, Self
 
-import structlog
-
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.checks import Bad
@@ -39,6 +37,7 @@ from agentflow.events import (
 from agentflow.frames import encode, judge
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Message
+from agentflow.logs import get_logger
 from agentflow.objects import ObjectStore
 from agentflow.writer import Writer
 from agentflow_nodes.master.liveness import Heartbeat
@@ -56,7 +55,7 @@ _YIELD_AFTER: Final = 32
 _LEAVE_S: Final = 5.0
 """How long leaving waits for the log to take the last word."""
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class NameTaken(AgentFlowError):

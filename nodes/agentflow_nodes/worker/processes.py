@@ -35,8 +35,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Self
 
 import msgspec
-import structlog
 
+from agentflow.logs import get_logger
 from agentflow_nodes.worker import reaper
 from agentflow_nodes.worker.cleanup import Census, Helper, uninterrupted, without_marks
 from agentflow_nodes.worker.outcome import MESSAGE_BYTES_MAX, bounded
@@ -60,7 +60,7 @@ _CHUNK_BYTES = 65536
 _CHUNKS_AT_EXIT_MAX = 64
 _SPAWN_ERRORS = (OSError, ValueError, TypeError, subprocess.SubprocessError)
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class ProcessExit(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,86 @@
+"""`just bench`: what AgentFlow does on this machine, as a table and as one JSON object.
+
+    python -m tests.bench.bench [NAME ...] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+
+import uvloop
+from rich.console import Console
+from rich.table import Table
+
+from tests.bench.conditions import conditions, conditions_table
+from tests.bench.figures import Figures, all_figures
+
+# Key: what a person reads, the target, and whether more is better.
+TARGETS: dict[str, tuple[str, float | None, bool]] = {
+    "noop_tasks_per_s": ("no-op tasks/s, one worker of 8 slots", 40_000, True),
+    "noop8_tasks_per_s": ("no-op tasks/s, 8 workers of 4 slots", 25_000, True),
+    "cpu_us_per_task": ("CPU a task, all processes, µs", 50, False),
+    "latency_p50_ms": ("submit to result at 100/s, p50, ms", 2, False),
+    "latency_p99_ms": ("submit to result at 100/s, p99, ms", 5, False),
+    "chain3_p50_ms": ("chain of 3, p50, ms", 5, False),
+    "chain3_p99_ms": ("chain of 3, p99, ms", 12, False),
+    "singles_per_s": ("50 clients, single submissions/s", None, True),
+    "bare_publishes_per_s": ("the same connections, bare publishes/s", None, True),
+    "singles_ratio": ("ratio of the two", 0.8, True),
+    "fan10k_s": ("fan-out to 10,000 and in, s", 1, False),
+    "infeasible_ratio": ("rate behind 200,000 that fit nowhere", 0.8, True),
+    "backlog1m_leader_rss_mb": ("a million queued: leader, MB", 1_536, False),
+    "backlog1m_server_rss_mb": ("a million queued: nats-server, MB", 400, False),
+    "backlog1m_rate_per_s": ("a million worked off, tasks/s", None, True),
+    "backlog1m_rate_ratio": ("its rate to that with 10,000 queued", 0.8, True),
+    "shell_per_s": ("shell tasks (`true`)/s", None, True),
+    "bare_process_per_s": ("bare asyncio subprocesses/s", None, True),
+    "shell_ratio": ("ratio of the two", 0.7, True),
+    "up_ready_s": ("`agentflow up` to ready, s", 2, False),
+    "import_ms": ("`import agentflow`, ms", 180, False),
+}
+
+
+async def run(names: list[str], *, quick: bool, progress: Console) -> Figures:
+    """Measure the named figures, or all."""
+    found: Figures = {}
+    chosen = all_figures(quick)
+    unknown = set(names) - set(chosen)
+    if unknown:
+        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
+    for name in names or chosen:
+        progress.print(f"measuring {name} …", style="dim")
+        found.update(await chosen[name]())
+    return found
+
+
+def table(found: Figures) -> Table:
+    """The figures beside their targets."""
+    shown = Table("figure", "key", "measured", "target", title="AgentFlow")
+    for key, (text, target, more) in TARGETS.items():
+        if key not in found:
+            continue
+        good = target is None or (found[key] >= target if more else found[key] <= target)
+        wanted = "" if target is None else f"{'≥' if more else '≤'} {target:,g}"
+        shown.add_row(text, key, f"[{'green' if good else 'red'}]{found[key]:,.4g}[/]", wanted)
+    return shown
+
+
+def main() -> None:
+    """Measure, print the conditions, the table, and as the last line the JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--quick", action="store_true", help="small numbers: does it work?")
+    given = parser.parse_args()
+    before = conditions()
+    found = uvloop.run(run(given.names, quick=given.quick, progress=Console(stderr=True)))
+    shown = Console(width=110)
+    shown.print(conditions_table(before))
+    shown.print(table(found))
+    rounded = {key: round(value, 4) for key, value in found.items()}
+    print(json.dumps({**rounded, "cores": os.cpu_count(), "load_before": before.get("load average")}))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
