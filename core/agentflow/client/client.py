@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from itertools import islice
 from types import TracebackType
 from typing import Any, Final, ParamSpec, Self, TypeVar
 
 import msgspec
-from msgspec import Struct, structs
+from msgspec import structs
 
-from agentflow import frames, wire
+from agentflow import frames, ids, wire
 from agentflow.bus import Bus
-from agentflow.checks import Bad, check
+from agentflow.checks import check
 from agentflow.client import workflow as workflows
 from agentflow.client.files import WorkflowFile
 from agentflow.client.function import Function
 from agentflow.client.handle import Handle, WorkflowHandle
-from agentflow.client.outcome import FINAL, Outcome, from_event, from_notice
+from agentflow.client.outcome import Outcome
+from agentflow.client.values import arguments, outsourced
+from agentflow.client.waiting import Waiting
+from agentflow.client.watching import LoggedEvent, logged_events
+from agentflow.client.watching import events as logged
 from agentflow.client.workflow import Workflow
 from agentflow.domain import workflows as dags
-from agentflow.errors import InvalidRequest, ObjectMissing, OperatingError
+from agentflow.errors import Disconnected, InvalidRequest
 from agentflow.events import (
     Event,
     TaskCancelRequested,
@@ -39,15 +42,15 @@ from agentflow.events import (
     WorkflowSubmitted,
     WorkflowTask,
 )
-from agentflow.frames import Decision
 from agentflow.fresh import new_id
-from agentflow.limits import FRAME_BYTES_MAX, INLINE_BYTES_MAX, WORKFLOW_PARTS_MAX
+from agentflow.limits import FRAME_BYTES_MAX, WORKFLOW_PARTS_MAX
 from agentflow.log.jetstream import JetStreamLog
-from agentflow.log.port import Log, Message
-from agentflow.logs import get_logger
-from agentflow.notices import Status, StatusReply, StatusRequest, decode_notices, decode_status_reply
+from agentflow.log.port import Log
+from agentflow.notices import StatusReply
 from agentflow.objects import ObjectStore
 from agentflow.writer import FRAME_EVENTS_GOOD, Writer
+
+__all__ = ["DEFAULT_URL", "PATIENCE_S", "Client", "LoggedEvent", "logged_events"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,38 +58,6 @@ R = TypeVar("R")
 DEFAULT_URL: Final = "nats://127.0.0.1:4222"
 PATIENCE_S: Final = 60.0
 """How long a submission may stay unacknowledged before it is given up as unknown."""
-_ASK_AFTER_S: Final = 0.5
-"""Waiting this long without a notice, the client asks."""
-_ASK_EVERY_S_MAX: Final = 10.0
-_ASK_TIMEOUT_S: Final = 3.0
-_ASK_IDS_MAX: Final = 1_000
-_UNKNOWN_MAX: Final = 3
-"""Times the leader may not know an id before the whole log is searched for it."""
-
-_log = get_logger(__name__)
-
-
-class LoggedEvent(Struct, frozen=True, gc=False):
-    """One event as it stands in the log."""
-
-    seq: int
-    index: int
-    time_ms: int
-    kind: str
-    actor: str
-    event: Event | None
-    bad: Bad | None = None
-    """Why it is no event, if it is none."""
-    decision: Decision | None = None
-
-
-class _Wait(Struct):
-    """Somebody waits for this end."""
-
-    handle: Handle[Any]
-    ask_at: float
-    pause_s: float
-    unknown: int = 0
 
 
 class Client:
@@ -119,10 +90,7 @@ class Client:
         self.objects: Final = ObjectStore(self.bus, namespace, replicas=replicas)
         self._writer = Writer(self.log, name, patience_s=PATIENCE_S)
         self._token: Final = secrets.token_hex(8)
-        self._open: dict[str, Handle[Any]] = {}
-        self._waits: dict[str, _Wait] = {}
-        self._asker: asyncio.Task[None] | None = None
-        self._asker_wake = asyncio.Event()
+        self._waiting = Waiting(self.bus, self.log, name)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -131,20 +99,15 @@ class Client:
             await stack.enter_async_context(self.log)
             await stack.enter_async_context(self._writer)
             subject = wire.notice(self.namespace, self.name, self._token)
-            await self.bus.subscribe(subject, self._on_notices)
+            await self.bus.subscribe(subject, self._waiting.on_notices)
             self._stack = stack.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._asker is not None:
-            self._asker.cancel()
-            await asyncio.wait([self._asker])
-            self._asker = None
+        await self._waiting.close()
         await self._stack.aclose()
-        for wait in self._waits.values():
-            wait.handle.future().cancel()
 
     # Submitting ------------------------------------------------------------------------
 
@@ -173,11 +136,14 @@ class Client:
         return handles
 
     async def submit_task(self, event: TaskSubmitted) -> Handle[Any]:
-        """Hand over a task described by its event: a shell script, a program, a function by name."""
-        changes: dict[str, Any] = {"notify": self._token}
-        if not event.id:
-            changes["id"] = new_id()
-        return await self._submit(structs.replace(event, **changes), Any)
+        """Hand over a task described by its event: a shell script, a program, a function by name.
+
+        With an `id` of the caller's choice the same task can be handed over again, by whomever,
+        without being run again; another task under that id is rejected.
+        """
+        args, kwargs = arguments(event.args, event.kwargs)
+        event = structs.replace(event, id=event.id or new_id(), notify=self._token, args=args, kwargs=kwargs)
+        return await self._submit(await outsourced(event, self.objects), Any, chosen=True)
 
     async def shell(self, script: str, **options: Any) -> Handle[Any]:
         """Hand over a shell script. Options are fields of `agentflow.events.TaskSubmitted`."""
@@ -198,26 +164,37 @@ class Client:
         if fault is not None:
             raise InvalidRequest(f"{fault[0]}: {fault[1]}")
         _require_sound(event)
-        handle = WorkflowHandle(self, workflow_id, [task.task_id for task in event.tasks])
-        self._open[workflow_id] = handle
-        batch = _workflow_frames(event)
-        if len(batch) == 1:
-            await self._writer.write([event])
-        else:
-            await self._writer.write_batch(batch)
+        tasks = [task if dags.uses(task) else await outsourced(task, self.objects) for task in event.tasks]
+        batch = _workflow_frames(structs.replace(event, tasks=tasks))
+        handle = WorkflowHandle(self, workflow_id, [task.task_id for task in tasks])
+        handle.chosen = bool(flow.id)
+        await self._write([handle], [] if len(batch) > 1 else [structs.replace(event, tasks=tasks)], batch)
         return handle
 
     async def cancel(self, target: str, reason: str = "") -> None:
-        """Ask for a task, or all open tasks of a workflow, not to run or to be stopped."""
-        status = (await self.status([target])).statuses[0]
-        workflow = status.workflow
-        event = (
-            WorkflowCancelRequested(id=target, reason=reason)
-            if workflow
-            else TaskCancelRequested(id=target, reason=reason)
-        )
-        _require_sound(event)
-        await self._writer.write([event])
+        """Ask for a task, or all open tasks of a workflow, not to run or to be stopped.
+
+        Returns once the request is durable; it needs no leader. What came of it is told by the
+        outcome. Something nobody knows is answered with `event.rejected`.
+        """
+        kinds = await self._kinds_of(target)
+        for kind in kinds:
+            event = kind(id=target, reason=reason)
+            _require_sound(event)
+            await self._writer.write([event])
+
+    async def _kinds_of(self, target: str) -> Sequence[type[TaskCancelRequested | WorkflowCancelRequested]]:
+        """Which request cancels a target; both if nobody can say whether it is a task or a workflow."""
+        if ids.TASK_SEPARATOR in target:
+            return [TaskCancelRequested]
+        handle = self._waiting.find(target)
+        if handle is not None:
+            return [WorkflowCancelRequested if isinstance(handle, WorkflowHandle) else TaskCancelRequested]
+        try:
+            status = (await self.status([target])).statuses[0]
+        except Disconnected:
+            return [TaskCancelRequested, WorkflowCancelRequested]
+        return [WorkflowCancelRequested if status.workflow else TaskCancelRequested]
 
     async def reprioritize(self, task: str, priority: int | str) -> None:
         """Give a waiting task another priority: 0 to 1000, or urgent, high, medium, low."""
@@ -225,57 +202,65 @@ class Client:
         _require_sound(event)
         await self._writer.write([event])
 
-    async def _call(self, function: Function[..., Any], args: Sequence[Any], kwargs: Any) -> TaskSubmitted:
-        options = function.wire_options
+    async def _call(
+        self, function: Function[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> TaskSubmitted:
+        given, named = arguments(args, kwargs)
         event = TaskSubmitted(
-            id=new_id(), function=function.name, args=list(args), kwargs=kwargs, notify=self._token, **options
+            id=new_id(),
+            function=function.name,
+            args=given,
+            kwargs=named,
+            notify=self._token,
+            **function.wire_options,
         )
-        if not args and not kwargs:
-            return event
-        try:
-            size = len(frames.encode((event.args, kwargs)))
-        except (TypeError, ValueError) as error:
-            raise InvalidRequest(f"{function.name}: the arguments are not JSON: {error}") from error
-        if size <= INLINE_BYTES_MAX:
-            return event
-        ref = await self.objects.put(frames.encode({"args": event.args, "kwargs": kwargs}))
-        return structs.replace(event, args=[], kwargs={}, object=ref)
+        return await outsourced(event, self.objects)
 
-    async def _submit(self, event: TaskSubmitted, wanted: Any) -> Handle[Any]:
+    async def _submit(self, event: TaskSubmitted, wanted: Any, *, chosen: bool = False) -> Handle[Any]:
         _require_sound(event)
-        handle = self._open[event.id] = Handle(self, event.id, wanted)
-        try:
-            await self._writer.write((event,))
-        except InvalidRequest:
-            self._open.pop(event.id, None)
-            raise
+        handle: Handle[Any] = Handle(self, event.id, wanted)
+        handle.chosen = chosen
+        await self._write((handle,), (event,))
         return handle
 
     async def _submit_chunk(self, events: list[TaskSubmitted], wanted: Any) -> list[Handle[Any]]:
         for event in events:
             _require_sound(event)
         handles: list[Handle[Any]] = [Handle(self, event.id, wanted) for event in events]
-        self._open.update((handle.id, handle) for handle in handles)
-        await self._writer.write(events)
+        await self._write(handles, events)
         return handles
+
+    async def _write(
+        self,
+        handles: Sequence[Handle[Any]],
+        events: Sequence[Event],
+        batch: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
+        """Write what is submitted; meanwhile already its end may be told."""
+        self._waiting.enter(handles)
+        try:
+            seq = await (self._writer.write(events) if events else self._writer.write_batch(batch))
+        except BaseException:
+            self._waiting.leave(handles)
+            raise
+        if len(handles) == 1:
+            handles[0].seq = seq
 
     # Waiting ---------------------------------------------------------------------------
 
     def task(self, task_id: str) -> Handle[Any]:
         """A handle on any task or workflow, submitted by whomever."""
-        return self._open.get(task_id) or Handle(self, task_id)
+        return self._waiting.find(task_id) or Handle(self, task_id)
 
     async def status(self, wanted: Sequence[str]) -> StatusReply:
         """What the leader knows of these ids. Raises Disconnected if there is no leader."""
-        request = frames.encode(StatusRequest(list(wanted)))
-        answer = await self.bus.request(wire.service(self.namespace, "status"), request, _ASK_TIMEOUT_S)
-        return decode_status_reply(answer)
+        return await self._waiting.status(wanted)
 
     async def outcome_of(self, handle: Handle[Any]) -> Outcome:
         """How a task ended, once it has; with its result, wherever that lies."""
         outcome = handle.known()
         if outcome is None:
-            outcome = await self._wait(handle)
+            outcome = await self._waiting.wait(handle)
         if outcome.object is None:
             return outcome
         data = await self.objects.get(outcome.object)
@@ -284,123 +269,6 @@ class Client:
     async def outcomes(self, wanted: Sequence[str]) -> list[Outcome]:
         """How several tasks ended, in the order asked."""
         return list(await asyncio.gather(*(self.outcome_of(self.task(task_id)) for task_id in wanted)))
-
-    async def _wait(self, handle: Handle[Any]) -> Outcome:
-        ours = self._open.get(handle.id) is handle
-        pause_s = _ASK_AFTER_S if ours else 0.0
-        now = asyncio.get_running_loop().time()
-        self._waits[handle.id] = _Wait(handle, now + pause_s, max(pause_s, 0.05))
-        if self._asker is None:
-            self._asker = asyncio.create_task(self._ask_for_ever(), name="agentflow asker")
-        self._asker_wake.set()
-        try:
-            return await asyncio.shield(handle.future())
-        finally:
-            self._waits.pop(handle.id, None)
-
-    def _on_notices(self, _subject: str, data: bytes, _reply: str, _headers: object) -> None:
-        try:
-            notices = decode_notices(data)
-        except msgspec.MsgspecError as error:
-            _log.warning("a notice could not be read", error=str(error))
-            return
-        opened = self._open
-        for notice in notices:
-            handle = opened.get(notice.id)
-            if handle is None:
-                continue
-            outcome = from_notice(notice)
-            if outcome is None:
-                self._ask_now(handle)
-            else:
-                del opened[notice.id]
-                handle.settle(outcome)
-
-    def _ask_now(self, handle: Handle[Any]) -> None:
-        wait = self._waits.get(handle.id)
-        if wait is not None:
-            wait.ask_at = 0.0
-            self._asker_wake.set()
-
-    async def _ask_for_ever(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            now = loop.time()
-            due = [wait for wait in self._waits.values() if wait.ask_at <= now and not wait.handle.done]
-            for start in range(0, len(due), _ASK_IDS_MAX):
-                await self._ask(due[start : start + _ASK_IDS_MAX])
-            next_at = min((wait.ask_at for wait in self._waits.values()), default=now + _ASK_AFTER_S)
-            self._asker_wake.clear()
-            try:
-                await asyncio.wait_for(self._asker_wake.wait(), max(next_at - loop.time(), 0.02))
-            except TimeoutError:
-                continue
-
-    async def _ask(self, due: list[_Wait]) -> None:
-        """Ask about those somebody waits for, and in passing about others still open."""
-        now = asyncio.get_running_loop().time()
-        for wait in due:
-            wait.ask_at = now + wait.pause_s
-            wait.pause_s = min(wait.pause_s * 2, _ASK_EVERY_S_MAX)
-        wanted = {wait.handle.id: wait.handle for wait in due}
-        wanted.update(islice(self._open.items(), _ASK_IDS_MAX - len(wanted)))
-        try:
-            reply = await self.status(list(wanted))
-            ended = [status for status in reply.statuses if status.state in FINAL and status.seq]
-            for outcome in await self._read_outcomes(ended):
-                self._settle(wanted[outcome.id], outcome)
-            await self._search_unknown({status.id for status in reply.statuses if status.state == "unknown"})
-        except (OperatingError, msgspec.MsgspecError) as error:
-            _log.debug("status not known", error=str(error))
-
-    async def _search_unknown(self, unknown: set[str]) -> None:
-        for task_id in unknown:
-            wait = self._waits.get(task_id)
-            if wait is None:
-                continue
-            wait.unknown += 1
-            if wait.unknown == _UNKNOWN_MAX:
-                outcome = await self._search(task_id)
-                if outcome is not None:
-                    self._settle(wait.handle, outcome)
-
-    def _settle(self, handle: Handle[Any], outcome: Outcome) -> None:
-        self._open.pop(handle.id, None)
-        handle.settle(outcome)
-
-    async def _read_outcomes(self, ended: Sequence[Status]) -> list[Outcome]:
-        """The outcomes behind statuses; each message is read once."""
-        items: dict[int, Sequence[Any]] = {}
-        for seq in {status.seq for status in ended}:
-            message = await self.log.read(seq)
-            if message is None:
-                raise ObjectMissing(f"the log no longer holds the end of tasks at {seq}")
-            items[seq] = frames.judge(message.subject, message.data, message.headers).items
-        return [
-            from_event(
-                status.id, status.state, _at(items[status.seq], status.index), status.seq, status.index
-            )
-            for status in ended
-        ]
-
-    async def _search(self, task_id: str) -> Outcome | None:
-        """Read the whole log for the end of a task the leader has forgotten."""
-        last_seq = (await self.log.identity()).last_seq
-        states = {
-            "task.completed": "completed",
-            "task.failed": "failed",
-            "task.cancelled": "cancelled",
-            "task.timed_out": "failed",
-            "task.quarantined": "failed",
-            "workflow.completed": "",
-        }
-        found: Outcome | None = None
-        async for logged in self.events(after=0, until=last_seq):
-            event = logged.event
-            if logged.kind in states and getattr(event, "id", None) == task_id:
-                state = states[logged.kind] or getattr(event, "state", "")
-                found = from_event(task_id, state, event, logged.seq, logged.index)
-        return found
 
     # Watching --------------------------------------------------------------------------
 
@@ -414,32 +282,8 @@ class Client:
         """
         if after is None:
             after = (await self.log.identity()).last_seq
-        if until is not None and after >= until:
-            return
-        async for messages in self.log.follow(after, subjects=subjects):
-            for message in messages:
-                for logged in logged_events(message):
-                    yield logged
-                if until is not None and message.seq >= until:
-                    return
-
-
-def logged_events(message: Message) -> list[LoggedEvent]:
-    """What a message of the log says, event by event."""
-    judged = frames.judge(message.subject, message.data, message.headers)
-    time_ms = message.time_ns // 1_000_000
-    if judged.whole is not None:
-        return [LoggedEvent(message.seq, -1, time_ms, judged.kind, judged.actor, None, judged.whole)]
-    return [
-        LoggedEvent(message.seq, index, time_ms, judged.kind, judged.actor, None, item)
-        if isinstance(item, Bad)
-        else LoggedEvent(message.seq, index, time_ms, judged.kind, judged.actor, item, None, judged.decision)
-        for index, item in enumerate(judged.items)
-    ]
-
-
-def _at(items: Sequence[Any], index: int) -> Any:
-    return items[index] if 0 <= index < len(items) else None
+        async for event in logged(self.log, after=after, until=until, subjects=subjects):
+            yield event
 
 
 def _require_sound(event: Event) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from agentflow import ids
 from agentflow.client.outcome import Outcome
+from agentflow.errors import AgentFlowError
 
 if TYPE_CHECKING:
     from agentflow.client.client import Client
@@ -18,7 +19,7 @@ R_co = TypeVar("R_co", covariant=True)
 class Handle(Generic[R_co]):
     """A submitted task. Awaiting it gives its result."""
 
-    __slots__ = ("_client", "_future", "_known", "_wanted", "id")
+    __slots__ = ("_client", "_future", "_known", "_wanted", "chosen", "id", "older", "seq")
 
     def __init__(self, client: Client, task_id: str, wanted: Any = Any) -> None:
         self.id = task_id
@@ -26,6 +27,10 @@ class Handle(Generic[R_co]):
         self._wanted = wanted
         self._known: Outcome | None = None
         self._future: asyncio.Future[Outcome] | None = None
+        # For the client:
+        self.chosen = False  # whether somebody else may have used the id
+        self.seq = 0  # of the submission, if we made it
+        self.older: Handle[Any] | None = None  # another open handle on the same id
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id} {self._known.state if self._known else 'open'}>"
@@ -68,6 +73,13 @@ class Handle(Generic[R_co]):
         self._known = outcome
         if self._future is not None and not self._future.done():
             self._future.set_result(outcome)
+
+    def fail(self, error: AgentFlowError) -> None:
+        """Nobody will tell its end here; for the client."""
+        if self._future is not None and not self._future.done():
+            self._future.set_exception(error)
+            self._future.exception()  # whoever waits hears of it; if nobody does, that is no fault
+            self._future = None
 
     def known(self) -> Outcome | None:
         """Its end, as far as it is known; for the client."""

@@ -100,5 +100,11 @@ def from_event(task_id: str, state: str, event: Any, seq: int, index: int) -> Ou
         case WorkflowCompleted():
             return Outcome(task_id, state, seq=seq, index=index)
         case _:
-            message = "a task it depends on did not complete" if state == "skipped" else ""
+            cause = getattr(event, "id", "") or "a task it depends on"
+            message = f"{cause} did not complete" if state == "skipped" else ""
             return Outcome(task_id, state, _NULL, None, "", message, seq, index)
+
+
+def rejected(task_id: str, reason: str, detail: str, seq: int, index: int) -> Outcome:
+    """The outcome of a submission at a position that was not accepted."""
+    return Outcome(task_id, REJECTED, _NULL, None, reason, detail, seq, index)

@@ -21,6 +21,7 @@ from agentflow.client.files import WorkflowFile
 from agentflow.client.function import Function
 from agentflow.client.shapes import Argv, Shell, TaskFile
 from agentflow.client.shapes import Function as FunctionRun
+from agentflow.client.values import as_json
 from agentflow.domain.workflows import AT_KEY, RESULT_KEY, uses
 from agentflow.errors import InvalidRequest
 from agentflow.events import Needs, Retry, WorkflowSubmitted, WorkflowTask
@@ -176,7 +177,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [_plain(item) for item in _ordered(value)]
-    return value
+    return as_json(value)
 
 
 def _ordered(value: Iterable[Any]) -> Iterable[Any]:
