@@ -1,0 +1,64 @@
+# What there is to do here. Run it as `uv run just`, which needs nothing installed but uv.
+
+set positional-arguments
+
+# Everything continuous integration checks
+default: fmt-check lint types imports test
+
+# Lay out the code
+fmt:
+    ruff check --quiet --select I --fix
+    ruff format
+
+# Is the code laid out?
+fmt-check:
+    ruff format --check
+
+# Rules of style and safety
+lint:
+    ruff check
+
+# Both type checkers, strict
+types:
+    mypy core nodes projections tests
+    pyright
+
+# Do imports point inward, and is the domain free of IO?
+imports:
+    lint-imports
+
+# All tests; those of one real edge or of processes one at a time, the others beside them
+test *arguments:
+    pytest -n 2 --dist loadgroup "$@"
+
+# Tests without IO, in seconds
+test-unit *arguments:
+    pytest -n 2 tests/unit "$@"
+
+# Tests of one real edge: a nats-server, a file, child processes
+test-integration *arguments:
+    pytest tests/integration "$@"
+
+# Tests of the whole: processes, kills, the README
+test-acceptance *arguments:
+    pytest tests/acceptance "$@"
+
+# Measure AgentFlow; the last line is one JSON object
+bench *arguments:
+    python -m tests.bench.bench "$@"
+
+# Measure other task queues and AgentFlow in the same run; needs redis-server
+bench-peers *arguments:
+    uv run --group peers python -m tests.bench.bench_peers "$@"
+
+# Bring the generated parts of the documentation in step with the code
+docs:
+    python -m tests.docs_from_code
+
+# The contract as JSON Schema
+schema *arguments:
+    agentflow schema "$@"
+
+# Everything on this machine: NATS server, master, worker
+up *arguments:
+    agentflow up "$@"
