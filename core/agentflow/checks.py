@@ -51,6 +51,7 @@ STRATEGIES: Final = ("least_loaded", "round_robin", "random", "bin_packing")
 _RESOURCE_MAX: Final = 1_000_000_000
 _FACTOR_MAX: Final = 1_000.0
 _DIGEST_LENGTH: Final = 64
+_POLICY_VERSION_MAX: Final = 10**9 - 1
 
 
 class Bad(Struct, frozen=True, gc=False):
@@ -146,7 +147,7 @@ def _check_work(work: Work, room: int) -> Bad | None:
         if value:
             reason = unsound(value, room)
             if reason is not None:
-                return Bad(reason, f"in {'args, kwargs, argv or env'}")
+                return Bad(reason, "in args, kwargs, argv or env")
     if len(work.title) > TEXT_LENGTH_MAX or len(work.function) > TEXT_LENGTH_MAX:
         return _bad_value("title and function", f"at most {TEXT_LENGTH_MAX} characters", "more")
     if work.shell or work.argv or work.env or work.cwd:
@@ -158,7 +159,9 @@ def _check_work(work: Work, room: int) -> Bad | None:
 
 def _check_process(work: Work) -> Bad | None:
     if len(work.shell) > SCRIPT_LENGTH_MAX or len(work.cwd) > TEXT_LENGTH_MAX:
-        return _bad_value("shell and cwd", f"at most {SCRIPT_LENGTH_MAX} and {TEXT_LENGTH_MAX} characters", "more")
+        return _bad_value(
+            "shell and cwd", f"at most {SCRIPT_LENGTH_MAX} and {TEXT_LENGTH_MAX} characters", "more"
+        )
     for name in work.env:
         if not name or "=" in name:
             return _bad_value("env", "names without '='", name)
@@ -169,10 +172,10 @@ def _check_process(work: Work) -> Bad | None:
 
 def _check_terms(work: Work) -> Bad | None:
     priority = work.priority
-    if type(priority) is str:
+    if isinstance(priority, str):
         if priority not in PRIORITIES:
             return _bad_value("priority", f"0 to {PRIORITY_MAX} or one of {', '.join(PRIORITIES)}", priority)
-    elif not 0 <= priority <= PRIORITY_MAX:  # type: ignore[operator]
+    elif not 0 <= priority <= PRIORITY_MAX:
         return _bad_value("priority", f"0 to {PRIORITY_MAX}", priority)
     if not (0.0 <= work.timeout_s <= SECONDS_MAX and 0.0 <= work.queue_timeout_s <= SECONDS_MAX):
         return _bad_value("timeouts", f"0 to {SECONDS_MAX:.0f} s", (work.timeout_s, work.queue_timeout_s))
@@ -184,9 +187,13 @@ def _check_terms(work: Work) -> Bad | None:
 def _check_needs(needs: Needs | None) -> Bad | None:
     if needs is None:
         return None
-    if not (0 <= needs.cpu <= _RESOURCE_MAX and 0 <= needs.memory_mb <= _RESOURCE_MAX and 0 <= needs.gpus <= _RESOURCE_MAX):
+    if not _are_amounts(needs.cpu, needs.memory_mb, needs.gpus):
         return _bad_value("needs", f"amounts from 0 to {_RESOURCE_MAX}", needs)
     return _check_labels(needs.group, needs.labels)
+
+
+def _are_amounts(*amounts: float) -> bool:
+    return all(0 <= amount <= _RESOURCE_MAX for amount in amounts)
 
 
 def _check_labels(group: str, labels: Mapping[str, str]) -> Bad | None:
@@ -204,9 +211,13 @@ def _check_retry(retry: Retry | None) -> Bad | None:
     if not 1 <= retry.max_attempts <= ATTEMPTS_MAX:
         return _bad_value("retry.max_attempts", f"1 to {ATTEMPTS_MAX}", retry.max_attempts)
     if not (0 <= retry.backoff_s <= SECONDS_MAX and 0 <= retry.backoff_s_max <= SECONDS_MAX):
-        return _bad_value("retry.backoff_s", f"0 to {SECONDS_MAX:.0f}", (retry.backoff_s, retry.backoff_s_max))
+        return _bad_value(
+            "retry.backoff_s", f"0 to {SECONDS_MAX:.0f}", (retry.backoff_s, retry.backoff_s_max)
+        )
     if not (1 <= retry.backoff_factor <= _FACTOR_MAX and 0 <= retry.jitter <= 1):
-        return _bad_value("retry", f"factor 1 to {_FACTOR_MAX:.0f}, jitter 0 to 1", (retry.backoff_factor, retry.jitter))
+        return _bad_value(
+            "retry", f"factor 1 to {_FACTOR_MAX:.0f}, jitter 0 to 1", (retry.backoff_factor, retry.jitter)
+        )
     if len(retry.non_retryable) > NON_RETRYABLE_MAX:
         return _bad_value("retry.non_retryable", f"at most {NON_RETRYABLE_MAX}", len(retry.non_retryable))
     return None
@@ -245,6 +256,8 @@ def _(event: WorkflowSubmitted) -> Bad | None:
 def _(event: WorkflowPart) -> Bad | None:
     if not ids.is_id(event.workflow):
         return _bad_id("workflow", event.workflow)
+    if not 0 <= event.part < WORKFLOW_PARTS_MAX:
+        return _bad_value("part", f"0 to {WORKFLOW_PARTS_MAX - 1}", event.part)
     return _check_tasks(event.tasks)
 
 
@@ -280,10 +293,13 @@ def _is_existing_id(text: str) -> bool:
 def _(event: WorkerJoined) -> Bad | None:
     if not 1 <= event.slots <= _RESOURCE_MAX or not 0 <= event.ahead <= _RESOURCE_MAX:
         return _bad_value("slots and ahead", "slots from 1, ahead from 0", (event.slots, event.ahead))
-    if not (0 <= event.cpu <= _RESOURCE_MAX and 0 <= event.memory_mb <= _RESOURCE_MAX and 0 <= event.gpus <= _RESOURCE_MAX):
-        return _bad_value("resources", f"amounts from 0 to {_RESOURCE_MAX}", (event.cpu, event.memory_mb, event.gpus))
+    if not _are_amounts(event.cpu, event.memory_mb, event.gpus):
+        found = (event.cpu, event.memory_mb, event.gpus)
+        return _bad_value("resources", f"amounts from 0 to {_RESOURCE_MAX}", found)
     if len(event.functions) > FUNCTIONS_MAX:
         return _bad_value("functions", f"at most {FUNCTIONS_MAX}", len(event.functions))
+    if any(len(text) > TEXT_LENGTH_MAX for text in (event.instance, event.host, *event.functions)):
+        return _bad_value("instance, host and functions", f"at most {TEXT_LENGTH_MAX} characters", "more")
     return _check_labels(event.group, event.labels)
 
 
@@ -319,8 +335,11 @@ def _(event: LeaderElected) -> Bad | None:
 def _(event: PolicyChanged) -> Bad | None:
     if event.policy.strategy not in STRATEGIES:
         return _bad_value("strategy", f"one of {', '.join(STRATEGIES)}", event.policy.strategy)
-    if event.policy.ageing_per_s < 0 or event.policy.ahead_ms < 0 or event.policy.losses_max < 1:
-        return _bad_value("policy", "ageing and ahead from 0, losses from 1", event.policy)
+    policy = event.policy
+    if policy.ageing_per_s < 0 or policy.ahead_ms < 0 or policy.decline_ms < 0 or policy.losses_max < 1:
+        return _bad_value("policy", "ageing, ahead and decline from 0, losses from 1", policy)
+    if not 1 <= policy.version <= _POLICY_VERSION_MAX:
+        return _bad_value("policy.version", f"1 to {_POLICY_VERSION_MAX}", policy.version)
     return None
 
 

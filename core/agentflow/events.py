@@ -11,22 +11,25 @@ time), `_us` microseconds, `_mb` mebibytes.
 from __future__ import annotations
 
 import enum
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from agentflow.limits import LEVEL
+from agentflow.limits import INTEGER_MAX, LEVEL
+
+Integer: TypeAlias = Annotated[int, Meta(ge=-INTEGER_MAX, le=INTEGER_MAX)]
+"""An integer that every client's language can hold."""
 
 
 class _Event(Struct, frozen=True, omit_defaults=True, gc=False, kw_only=True):
     """Base of all: immutable, and written without what has its default."""
 
 
-class ObjectRef(_Event, kw_only=True):
+class ObjectRef(_Event, frozen=True, kw_only=True):
     """Bytes in the object store: an argument list or a result too large for the log."""
 
     name: str
-    size: int
+    size: Integer
     sha256: str
     """Hex digest of the bytes."""
 
@@ -34,18 +37,18 @@ class ObjectRef(_Event, kw_only=True):
 # What is asked for -------------------------------------------------------------------
 
 
-class Needs(_Event, kw_only=True):
+class Needs(_Event, frozen=True, kw_only=True):
     """What a task asks of the worker it runs on."""
 
     cpu: float = 0.0
     """Cores, fractions allowed."""
-    memory_mb: int = 0
-    gpus: int = 0
+    memory_mb: Integer = 0
+    gpus: Integer = 0
     group: str = ""
     labels: dict[str, str] = {}
 
 
-class Retry(_Event, kw_only=True):
+class Retry(_Event, frozen=True, kw_only=True):
     """What happens after a failed attempt.
 
     The wait before attempt n + 1 is backoff_s * backoff_factor ** (n - 1), at most
@@ -53,7 +56,7 @@ class Retry(_Event, kw_only=True):
     id and attempt.
     """
 
-    max_attempts: int = 3
+    max_attempts: Integer = 3
     backoff_s: float = 1.0
     backoff_factor: float = 2.0
     backoff_s_max: float = 300.0
@@ -62,7 +65,7 @@ class Retry(_Event, kw_only=True):
     """Names of exception types, or error kinds, that end the task at once."""
 
 
-class Work(_Event, kw_only=True):
+class Work(_Event, frozen=True, kw_only=True):
     """What to run: exactly one of `function`, `shell` and `argv`.
 
     In the tasks of a workflow any value inside args, kwargs, env and argv may be
@@ -82,7 +85,7 @@ class Work(_Event, kw_only=True):
     object: ObjectRef | None = None
     """Where {"args": [...], "kwargs": {...}} is, if it is too large for the log."""
     title: str = ""
-    priority: int | str = 500
+    priority: Integer | str = 500
     """0 to 1000, or urgent, high, medium, low."""
     needs: Needs | None = None
     retry: Retry | None = None
@@ -93,7 +96,7 @@ class Work(_Event, kw_only=True):
     """Longest the task may wait for its first start once it is ready; 0: no limit."""
 
 
-class TaskSubmitted(Work, kw_only=True):
+class TaskSubmitted(Work, frozen=True, kw_only=True):
     """A client hands over a task."""
 
     kind: ClassVar[str] = "task.submitted"
@@ -102,24 +105,24 @@ class TaskSubmitted(Work, kw_only=True):
     """Token under which the client wants to be told of the outcome."""
 
 
-class WorkflowTask(Work, kw_only=True):
+class WorkflowTask(Work, frozen=True, kw_only=True):
     """One task of a workflow."""
 
     task_id: str
     dependencies: list[str] = []
 
 
-class WorkflowPart(_Event, kw_only=True):
+class WorkflowPart(_Event, frozen=True, kw_only=True):
     """Tasks of a workflow too large for one frame; directly before its `workflow.submitted`."""
 
     kind: ClassVar[str] = "workflow.part"
     workflow: str
-    part: int
+    part: Integer
     """0, 1, 2 …"""
     tasks: list[WorkflowTask]
 
 
-class WorkflowSubmitted(_Event, kw_only=True):
+class WorkflowSubmitted(_Event, frozen=True, kw_only=True):
     """A client hands over a DAG of tasks."""
 
     kind: ClassVar[str] = "workflow.submitted"
@@ -127,12 +130,12 @@ class WorkflowSubmitted(_Event, kw_only=True):
     name: str = ""
     description: str = ""
     tasks: list[WorkflowTask] = []
-    parts: int = 0
+    parts: Integer = 0
     """How many `workflow.part` events came directly before; their tasks come first."""
     notify: str = ""
 
 
-class TaskCancelRequested(_Event, kw_only=True):
+class TaskCancelRequested(_Event, frozen=True, kw_only=True):
     """A client wants a task not to run, or to be stopped."""
 
     kind: ClassVar[str] = "task.cancel_requested"
@@ -140,7 +143,7 @@ class TaskCancelRequested(_Event, kw_only=True):
     reason: str = ""
 
 
-class WorkflowCancelRequested(_Event, kw_only=True):
+class WorkflowCancelRequested(_Event, frozen=True, kw_only=True):
     """A client wants all open tasks of a workflow cancelled."""
 
     kind: ClassVar[str] = "workflow.cancel_requested"
@@ -148,66 +151,66 @@ class WorkflowCancelRequested(_Event, kw_only=True):
     reason: str = ""
 
 
-class TaskReprioritized(_Event, kw_only=True):
+class TaskReprioritized(_Event, frozen=True, kw_only=True):
     """A client gives a waiting task another priority."""
 
     kind: ClassVar[str] = "task.reprioritized"
     id: str
-    priority: int | str
+    priority: Integer | str
 
 
 # What the leader decides -------------------------------------------------------------
 
 
-class Policy(_Event, kw_only=True):
+class Policy(_Event, frozen=True, kw_only=True):
     """How the leader plans. Part of the fold's state."""
 
-    version: int = 1
+    version: Integer = 1
     strategy: str = "least_loaded"
     """least_loaded, round_robin, random or bin_packing."""
     ageing_per_s: float = 1.0
     """Priority a waiting task gains each second."""
-    ahead_ms: int = 10
+    ahead_ms: Integer = 10
     """How much expected run time may wait at a worker beyond its slots, per slot."""
-    losses_max: int = 3
+    losses_max: Integer = 3
     """Lost workers a task may cost before it is quarantined."""
-    decline_ms: int = 5_000
+    decline_ms: Integer = 5_000
     """How long a worker that declined a task is not offered it again."""
     accepting: bool = True
     """False while the log is nearly full: submissions are rejected as overloaded."""
 
 
-class LeaderElected(_Event, kw_only=True):
+class LeaderElected(_Event, frozen=True, kw_only=True):
     """A master leads from here on."""
 
     kind: ClassVar[str] = "leader.elected"
-    epoch: int
+    epoch: Integer
     master: str
-    level: int = LEVEL
+    level: Integer = LEVEL
 
 
-class PolicyChanged(_Event, kw_only=True):
+class PolicyChanged(_Event, frozen=True, kw_only=True):
     """Another policy holds from here on."""
 
     kind: ClassVar[str] = "policy.changed"
     policy: Policy
 
 
-class Input(_Event, kw_only=True):
+class Input(_Event, frozen=True, kw_only=True):
     """A dependency's result handed to a task: the value, or where it lies."""
 
     value: Raw | UnsetType = UNSET
-    seq: int = 0
-    index: int = 0
+    seq: Integer = 0
+    index: Integer = 0
 
 
-class TaskAssigned(_Event, kw_only=True):
+class TaskAssigned(_Event, frozen=True, kw_only=True):
     """A worker is to run an attempt of a task. The actor is the worker."""
 
     kind: ClassVar[str] = "task.assigned"
     id: str
-    attempt: int
-    incarnation: int
+    attempt: Integer
+    incarnation: Integer
     function: str = ""
     shell: str = ""
     argv: Raw | UnsetType = UNSET
@@ -216,9 +219,9 @@ class TaskAssigned(_Event, kw_only=True):
     env: Raw | UnsetType = UNSET
     cwd: str = ""
     object: ObjectRef | None = None
-    seq: int = 0
+    seq: Integer = 0
     """Where the submission lies, if its arguments have to be read there."""
-    index: int = 0
+    index: Integer = 0
     inputs: dict[str, Input] = {}
     timeout_s: float = 0.0
     non_retryable: list[str] = []
@@ -226,33 +229,33 @@ class TaskAssigned(_Event, kw_only=True):
     """`task.started` must be acknowledged before the run."""
 
 
-class TaskStop(_Event, kw_only=True):
+class TaskStop(_Event, frozen=True, kw_only=True):
     """A worker is to stop an attempt. The actor is the worker."""
 
     kind: ClassVar[str] = "task.stop"
     id: str
-    attempt: int
-    incarnation: int
+    attempt: Integer
+    incarnation: Integer
     reason: str = ""
 
 
-class TaskRetried(_Event, kw_only=True):
+class TaskRetried(_Event, frozen=True, kw_only=True):
     """The wait after a failed attempt is over: the task is ready again."""
 
     kind: ClassVar[str] = "task.retried"
     id: str
-    attempt: int
+    attempt: Integer
     """The attempt that failed."""
 
 
-class TaskTimedOut(_Event, kw_only=True):
+class TaskTimedOut(_Event, frozen=True, kw_only=True):
     """The task waited longer than its queue timeout."""
 
     kind: ClassVar[str] = "task.timed_out"
     id: str
 
 
-class TaskCancelled(_Event, kw_only=True):
+class TaskCancelled(_Event, frozen=True, kw_only=True):
     """The task is cancelled: it does not run, and no outcome of it counts any more."""
 
     kind: ClassVar[str] = "task.cancelled"
@@ -260,7 +263,7 @@ class TaskCancelled(_Event, kw_only=True):
     reason: str = ""
 
 
-class TaskQuarantined(_Event, kw_only=True):
+class TaskQuarantined(_Event, frozen=True, kw_only=True):
     """The leader gives the task up."""
 
     kind: ClassVar[str] = "task.quarantined"
@@ -269,21 +272,21 @@ class TaskQuarantined(_Event, kw_only=True):
     detail: str = ""
 
 
-class WorkerLost(_Event, kw_only=True):
+class WorkerLost(_Event, frozen=True, kw_only=True):
     """A worker's incarnation is considered dead; what it held runs elsewhere."""
 
     kind: ClassVar[str] = "worker.lost"
     worker: str
-    incarnation: int
+    incarnation: Integer
     reason: str = ""
 
 
-class EventRejected(_Event, kw_only=True):
+class EventRejected(_Event, frozen=True, kw_only=True):
     """The answer to a client's event that was not accepted."""
 
     kind: ClassVar[str] = "event.rejected"
-    seq: int
-    index: int
+    seq: Integer
+    index: Integer
     """-1: the whole message."""
     client: str
     reason: str
@@ -292,74 +295,74 @@ class EventRejected(_Event, kw_only=True):
     """The id the client gave, as far as it could be read."""
 
 
-class WorkflowCompleted(_Event, kw_only=True):
+class WorkflowCompleted(_Event, frozen=True, kw_only=True):
     """Announcement: a workflow reached a final state. Changes nothing."""
 
     kind: ClassVar[str] = "workflow.completed"
     id: str
     state: str
-    completed: int = 0
-    failed: int = 0
-    skipped: int = 0
-    cancelled: int = 0
+    completed: Integer = 0
+    failed: Integer = 0
+    skipped: Integer = 0
+    cancelled: Integer = 0
 
 
 # What workers say --------------------------------------------------------------------
 
 
-class WorkerJoined(_Event, kw_only=True):
+class WorkerJoined(_Event, frozen=True, kw_only=True):
     """A worker is there. Its sequence in the log is the worker's incarnation."""
 
     kind: ClassVar[str] = "worker.joined"
     instance: str
     """Unguessable, chosen anew at each start."""
-    slots: int
-    ahead: int = 0
+    slots: Integer
+    ahead: Integer = 0
     """Assignments it is willing to hold beyond its slots."""
     group: str = ""
     labels: dict[str, str] = {}
     cpu: float = 0.0
-    memory_mb: int = 0
-    gpus: int = 0
+    memory_mb: Integer = 0
+    gpus: Integer = 0
     functions: list[str] = []
     host: str = ""
-    pid: int = 0
-    level: int = LEVEL
+    pid: Integer = 0
+    level: Integer = LEVEL
 
 
-class WorkerDraining(_Event, kw_only=True):
+class WorkerDraining(_Event, frozen=True, kw_only=True):
     """The worker takes nothing new."""
 
     kind: ClassVar[str] = "worker.draining"
-    incarnation: int
+    incarnation: Integer
 
 
-class WorkerLeft(_Event, kw_only=True):
+class WorkerLeft(_Event, frozen=True, kw_only=True):
     """The worker ended in good order; what it still held goes back to the queue."""
 
     kind: ClassVar[str] = "worker.left"
-    incarnation: int
+    incarnation: Integer
 
 
-class TaskStarted(_Event, kw_only=True):
+class TaskStarted(_Event, frozen=True, kw_only=True):
     """An attempt runs. Written for suspects and for attempts that take a while."""
 
     kind: ClassVar[str] = "task.started"
     id: str
-    attempt: int
-    incarnation: int
-    started_at_ms: int
+    attempt: Integer
+    incarnation: Integer
+    started_at_ms: Integer
 
 
-class TaskCompleted(_Event, kw_only=True):
+class TaskCompleted(_Event, frozen=True, kw_only=True):
     """An attempt succeeded."""
 
     kind: ClassVar[str] = "task.completed"
     id: str
-    attempt: int
-    incarnation: int
-    started_at_ms: int = 0
-    run_us: int = 0
+    attempt: Integer
+    incarnation: Integer
+    started_at_ms: Integer = 0
+    run_us: Integer = 0
     result: Raw | UnsetType = UNSET
     """Any JSON; absent: null."""
     object: ObjectRef | None = None
@@ -369,31 +372,31 @@ class TaskCompleted(_Event, kw_only=True):
     """Tails."""
 
 
-class TaskFailed(_Event, kw_only=True):
+class TaskFailed(_Event, frozen=True, kw_only=True):
     """An attempt failed."""
 
     kind: ClassVar[str] = "task.failed"
     id: str
-    attempt: int
-    incarnation: int
+    attempt: Integer
+    incarnation: Integer
     error: str
     """What kind of failure: error, timeout, stopped, exit, signal, spawn, result, crash, input."""
     message: str = ""
     retryable: bool = True
-    started_at_ms: int = 0
-    run_us: int = 0
+    started_at_ms: Integer = 0
+    run_us: Integer = 0
     traceback: str = ""
     stdout: str = ""
     stderr: str = ""
 
 
-class TaskDeclined(_Event, kw_only=True):
+class TaskDeclined(_Event, frozen=True, kw_only=True):
     """The worker cannot run an attempt it was given, or was asked not to."""
 
     kind: ClassVar[str] = "task.declined"
     id: str
-    attempt: int
-    incarnation: int
+    attempt: Integer
+    incarnation: Integer
     reason: str = ""
 
 

@@ -2,7 +2,9 @@
 
 A message's data is a frame: a JSON array of events of one kind, or a lone JSON object.
 `judge` says what every fold, worker, client and query makes of it. Its verdict is a pure
-function of subject, headers and data; it never raises and never depends on who calls.
+function of subject, headers and data; it does not raise and does not depend on who calls.
+(Should a caller leave less of Python's stack than parsing takes, about 200 calls, the
+RecursionError is the caller's: a wrong verdict would be worse.)
 
 Two ways lead to the same verdict. What our own nodes and clients write is canonical: it
 is what encoding its decoded form gives again. One comparison of bytes then proves that
@@ -15,12 +17,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, NoReturn
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct
 
 from agentflow import wire
 from agentflow.checks import Bad, check, unsound
@@ -31,8 +33,8 @@ from agentflow.limits import (
     FRAME_DEPTH_MAX,
     FRAME_EVENTS_MAX,
     ID_LENGTH_MAX,
+    INPUT_DEPTH_MAX,
     LEVEL,
-    TEXT_LENGTH_MAX,
 )
 
 
@@ -48,6 +50,7 @@ class Decision(Struct, frozen=True, gc=False):
     """Version of the policy."""
 
     def header(self) -> str:
+        """The header's value."""
         return f"{self.epoch} {self.basis} {self.now_ms} {self.policy}"
 
 
@@ -74,16 +77,20 @@ encode: Final = _encoder.encode
 decode_any: Final = msgspec.json.Decoder().decode
 _many: Final = {kind: msgspec.json.Decoder(list[event]) for kind, event in KINDS.items()}  # type: ignore[valid-type]
 _one: Final = {kind: msgspec.json.Decoder(event) for kind, event in KINDS.items()}
-_DECISION: Final = re.compile(r"(\d{1,18}) (\d{1,18}) (\d{1,18}) (\d{1,9})")
-_STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_DECISION: Final = re.compile(r"([0-9]{1,18}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9]{1,9})")
+# It matches from any quote on, to the end if need be: one that could fail would be tried
+# again from every later quote.
+_STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 _OPENING: Final = frozenset(b"[{")
 _NUL_ESCAPE: Final = b"\\u0000"
 _ARRAY: Final = ord("[")
+_DIGITS_MAX: Final = 20
+_DETAIL_LENGTH_MAX: Final = 500
 
 
 def judge(subject: str, data: bytes, headers: Mapping[str, str] | None) -> Judged:
-    """What a message says. Never raises."""
+    """What a message says."""
     kind, actor, role, bad = _route(subject)
     if bad is not None or role is None:
         return Judged(kind, actor, role, (), bad)
@@ -111,9 +118,14 @@ def _route(subject: str) -> tuple[str, str, Role | None, Bad | None]:
         return "", "", None, Bad(Reason.BAD_SUBJECT, "expected af.<namespace>.<entity>.<event>.<actor>")
     role = ROLES.get(route.kind)
     if role is None:
-        return route.kind, route.actor, None, Bad(Reason.UNKNOWN_KIND, f"no event is called {route.kind[:80]!r}")
+        return (
+            route.kind,
+            route.actor,
+            None,
+            Bad(Reason.UNKNOWN_KIND, f"no event is called {route.kind[:80]!r}"),
+        )
     if not wire.is_name(route.actor):
-        return route.kind, route.actor, role, Bad(Reason.BAD_SUBJECT, f"the actor is no name: {route.actor[:80]!r}")
+        return route.kind, "", role, Bad(Reason.BAD_SUBJECT, f"the actor is no name: {route.actor[:80]!r}")
     return route.kind, route.actor, role, None
 
 
@@ -140,38 +152,38 @@ def _canonical(kind: str, data: bytes) -> list[Event] | None:
         return None
     if not same or not 0 < len(events) <= FRAME_EVENTS_MAX:
         return None
+    raw_is_canonical = _RAW_IS_CANONICAL.get(kind)
     for event in events:
-        if check(event) is not None or not _raw_is_canonical(event):
+        if check(event) is not None or (raw_is_canonical is not None and not raw_is_canonical(event)):
             return None
     return events
 
 
-def _raw_is_canonical(event: Event) -> bool:
-    """Fields passed on undecoded have not been compared yet."""
-    values = _RAW.get(type(event))
-    if values is None:
-        return True
+def _assigned_is_canonical(event: Any) -> bool:
+    passed_on = (event.args, event.kwargs, event.argv, event.env)
+    inputs = event.inputs.values()
+    return all(raw is UNSET or _is_canonical(raw, DEPTH_MAX - 1) for raw in passed_on) and all(
+        given.value is UNSET or _is_canonical(given.value, INPUT_DEPTH_MAX) for given in inputs
+    )
+
+
+def _completed_is_canonical(event: Any) -> bool:
+    return event.result is UNSET or _is_canonical(event.result, DEPTH_MAX - 1)
+
+
+def _is_canonical(raw: Raw, room: int) -> bool:
     try:
-        return all(value is UNSET or _is_canonical(value) for value in values(event))
+        value = decode_any(raw)
+        return encode(value) == bytes(raw) and unsound(value, room) is None
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return False
 
 
-def _is_canonical(raw: Raw | UnsetType) -> bool:
-    assert isinstance(raw, Raw)
-    value = decode_any(raw)
-    return encode(value) == bytes(raw) and unsound(value, DEPTH_MAX - 1) is None
-
-
-def _assigned_raws(event: Any) -> Iterable[Raw | UnsetType]:
-    yield from (event.args, event.kwargs, event.argv, event.env)
-    yield from (given.value for given in event.inputs.values())
-
-
-_RAW: Final[dict[type, Callable[[Any], Iterable[Raw | UnsetType]]]] = {
-    KINDS["task.assigned"]: _assigned_raws,
-    KINDS["task.completed"]: lambda event: (event.result,),
+_RAW_IS_CANONICAL: Final[dict[str, Callable[[Any], bool]]] = {
+    "task.assigned": _assigned_is_canonical,
+    "task.completed": _completed_is_canonical,
 }
+"""Fields passed on undecoded have not been compared by encoding the event."""
 
 
 # The strict way ----------------------------------------------------------------------
@@ -189,7 +201,7 @@ def _strict(kind: str, data: bytes) -> list[Event | Bad] | Bad:
         return Bad(Reason.TOO_DEEP, f"nested {depth} deep; at most {DEPTH_MAX} in an event")
     try:
         value = _parse(data)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return Bad(Reason.NOT_JSON, _short(error))
     if isinstance(value, dict):
         return [_strict_event(kind, value)]
@@ -218,9 +230,6 @@ def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
-_DIGITS_MAX: Final = 20
-
-
 def _integer(text: str) -> int | float:
     # An integer too long to be in range is not converted: that is quadratic in its length.
     return int(text) if len(text) <= _DIGITS_MAX else float("inf")
@@ -229,8 +238,7 @@ def _integer(text: str) -> int | float:
 def _strict_event(kind: str, value: Any) -> Event | Bad:
     if not isinstance(value, dict):
         return Bad(Reason.NOT_A_FRAME, f"expected a JSON object, found {type(value).__name__}")
-    given = value.get("id")
-    shown = given[:ID_LENGTH_MAX] if isinstance(given, str) and _encodable(given) else ""
+    shown = _shown_id(value)
     reason = unsound(value, DEPTH_MAX, duplicated=_Duplicated)
     if reason is not None:
         return Bad(reason, _EXPLAINED[reason], shown)
@@ -250,8 +258,10 @@ _EXPLAINED: Final = {
 }
 
 
-def _encodable(text: str) -> bool:
-    return "\0" not in text and unsound(text, 1) is None
+def _shown_id(value: dict[str, Any]) -> str:
+    """The id an event gives, if it can be repeated in an answer."""
+    given = value.get("id", value.get("workflow"))
+    return given[:ID_LENGTH_MAX] if isinstance(given, str) and unsound(given, 0) is None else ""
 
 
 def nesting(data: bytes) -> int:
@@ -264,7 +274,7 @@ def nesting(data: bytes) -> int:
 
 
 def _short(error: BaseException) -> str:
-    return str(error).encode("utf-8", "replace").decode("utf-8")[:TEXT_LENGTH_MAX // 8]
+    return str(error).encode("utf-8", "replace").decode("utf-8")[:_DETAIL_LENGTH_MAX]
 
 
 # Writing -----------------------------------------------------------------------------
@@ -274,18 +284,23 @@ class Filled(NamedTuple):
     """A frame's data and how many events it holds."""
 
     data: bytes
-    count: int
+    length: int
 
 
 def compose(events: Sequence[Event]) -> list[Filled]:
-    """The frames that carry `events`, in order, each as full as the limits allow.
+    """The frames that carry `events`, in order, within the limits.
 
     Raises TooLarge if an event does not fit a frame alone.
     """
+    starts = range(0, len(events), FRAME_EVENTS_MAX)
+    return [frame for start in starts for frame in _fill(events[start : start + FRAME_EVENTS_MAX])]
+
+
+def _fill(events: Sequence[Event]) -> list[Filled]:
     data = encode(events)
-    if len(data) <= FRAME_BYTES_MAX and len(events) <= FRAME_EVENTS_MAX:
-        return [Filled(data, len(events))] if events else []
+    if len(data) <= FRAME_BYTES_MAX:
+        return [Filled(data, len(events))]
     if len(events) == 1:
         raise TooLarge(f"the event takes {len(data)} bytes; at most {FRAME_BYTES_MAX} fit a frame")
-    middle = min(len(events) // 2, FRAME_EVENTS_MAX)
-    return compose(events[:middle]) + compose(events[middle:])
+    middle = len(events) // 2
+    return _fill(events[:middle]) + _fill(events[middle:])

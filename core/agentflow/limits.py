@@ -17,6 +17,8 @@ FRAME_EVENTS_MAX: Final = 5_000
 """Most events in one frame."""
 DEPTH_MAX: Final = 32
 """Deepest nesting of arrays and objects inside one event, the event itself included."""
+INPUT_DEPTH_MAX: Final = DEPTH_MAX - 3
+"""Deepest nesting of a dependency's result handed over inside an assignment."""
 FRAME_DEPTH_MAX: Final = 100
 """A frame nested deeper than this is not looked into: it is quarantined whole."""
 INTEGER_MAX: Final = 2**63 - 1
@@ -54,6 +56,8 @@ CLOSED_IDS_MAX: Final = 500_000
 """Ids of closed tasks and workflows in one generation; two generations are remembered."""
 ID_AHEAD_MS_MAX: Final = 3_600_000
 """A UUIDv7 may name a time this far ahead of the log, not further."""
+EARLY_IDS_MAX: Final = 500_000
+"""Closed UUIDv7 remembered beyond their generation because they named a time ahead of the log."""
 OPEN_TASKS_MAX: Final = 2_000_000
 """Open tasks in one namespace; beyond it submissions are rejected as overloaded."""
 ANSWERS_MAX: Final = 10_000
