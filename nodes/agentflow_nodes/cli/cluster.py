@@ -1,0 +1,246 @@
+"""Everything on one machine: a NATS server, a master and workers, started and supervised.
+
+Master and workers are child processes. A child that dies is started again after a growing
+pause. Leaving ends them in order: workers finish what they run, then the master, then the
+server. Their logs are in the data folder.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Final, Self
+
+import psutil
+from msgspec import Struct
+
+from agentflow import wire
+from agentflow.bus import Bus
+from agentflow.errors import Disconnected
+from agentflow.frames import encode
+from agentflow.notices import StatusRequest
+from agentflow_nodes.cli.errors import CliError, Exit, operating
+from agentflow_nodes.embedded import EmbeddedServer
+
+READY_S_MAX: Final = 30.0
+_PAUSE_S_FIRST: Final = 0.5
+_PAUSE_S_MAX: Final = 30.0
+_STABLE_S: Final = 60.0
+"""A child that lived so long starts with the first pause again."""
+_KILL_AFTER_S: Final = 10.0
+"""Beyond the time to drain: then a child is killed."""
+_ASK_S: Final = 0.5
+_ASK_PAUSE_S: Final = 0.02
+_LOG_BYTES_MAX: Final = 8 << 20
+_TAIL_BYTES: Final = 8 << 10
+_MB: Final = 1 << 20
+
+Tell = Callable[[str], None]
+
+
+class ClusterConfig(Struct, frozen=True, kw_only=True):
+    """What to start."""
+
+    data_dir: Path
+    port: int = 0
+    """Of the NATS server; 0: any that is free."""
+    namespace: str = "default"
+    workers: int = 1
+    slots: int = 4
+    apps: tuple[str, ...] = ()
+    drain_s: float = 30.0
+
+
+class Cluster:
+    """A running cluster. An async context manager: entered means that it takes and runs tasks.
+
+    Entering raises CliError if a child cannot start, and what the server raises.
+    """
+
+    def __init__(self, config: ClusterConfig, tell: Tell) -> None:
+        self.config: Final = config
+        self.url = ""
+        self._tell = tell
+        self._server: EmbeddedServer | None = None
+        self._workers: list[Child] = []
+        self._master: Child | None = None
+        self._keepers: list[asyncio.Task[None]] = []
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            self._server = EmbeddedServer(self.config.data_dir, port=self.config.port)
+            await stack.enter_async_context(self._server)
+            self.url = self._server.url
+            stack.push_async_callback(self._stop)
+            self._make_children()
+            async with asyncio.timeout(READY_S_MAX):
+                await asyncio.gather(*(child.start() for child in self._children()))
+                await self._wait_leader()
+            self._keepers = [asyncio.create_task(self._keep(child)) for child in self._children()]
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def gone_or(self, asked: asyncio.Event) -> None:
+        """Wait until somebody asks to stop. Raises CliError if the server ended for good before."""
+        assert self._server is not None
+        waits = [asyncio.ensure_future(event.wait()) for event in (asked, self._server.gone)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._server.gone.is_set() and not asked.is_set():
+            raise operating(f"the NATS server ended and does not start again; see {self._server.log_file}")
+
+    @property
+    def log_dir(self) -> Path:
+        """Where the children's logs are."""
+        return self.config.data_dir / "log"
+
+    def kill(self) -> None:
+        """End all children at once."""
+        for child in self._children():
+            child.kill()
+
+    def _children(self) -> list[Child]:
+        return ([self._master] if self._master is not None else []) + self._workers
+
+    def _make_children(self) -> None:
+        config = self.config
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        common = ["--nats", self.url, "--namespace", config.namespace, "--supervised"]
+        self._master = self._child("master", ["master", *common])
+        cores, memory_mb = os.cpu_count() or 1, psutil.virtual_memory().total // _MB
+        for number in range(1, config.workers + 1):
+            arguments = ["worker", *common, "--slots", str(config.slots), "--drain-s", str(config.drain_s)]
+            arguments += [
+                "--cpu",
+                str(cores / config.workers),
+                "--memory-mb",
+                str(memory_mb // config.workers),
+            ]
+            arguments += [word for app in config.apps for word in ("--app", app)]
+            self._workers.append(self._child(f"worker-{number}", arguments))
+
+    def _child(self, name: str, arguments: Sequence[str]) -> Child:
+        argv = [sys.executable, "-m", "agentflow_nodes", *arguments, "--name", name]
+        return Child(name, argv, self.log_dir / f"{name}.log")
+
+    async def _wait_leader(self) -> None:
+        """Until a leader answers: from here on what is submitted runs at once."""
+        subject = wire.service(self.config.namespace, "status")
+        async with Bus(self.url, name="agentflow up") as bus:
+            while True:
+                try:
+                    await bus.request(subject, encode(StatusRequest([])), _ASK_S)
+                except Disconnected:
+                    await asyncio.sleep(_ASK_PAUSE_S)
+                else:
+                    return
+
+    async def _keep(self, child: Child) -> None:
+        """Start a child again whenever it ends."""
+        pause_s = _PAUSE_S_FIRST
+        while True:
+            begun = time.monotonic()
+            status = await child.wait()
+            if time.monotonic() - begun > _STABLE_S:
+                pause_s = _PAUSE_S_FIRST
+            self._tell(f"{child.name} ended ({_described(status)}): starting it again in {pause_s:g} s")
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PAUSE_S_MAX)
+            with contextlib.suppress(CliError):
+                await child.start()
+                self._tell(f"{child.name} is back")
+
+    async def _stop(self) -> None:
+        for keeper in self._keepers:
+            keeper.cancel()
+        if self._keepers:
+            await asyncio.wait(self._keepers)
+        patience_s = self.config.drain_s + _KILL_AFTER_S
+        await asyncio.gather(*(worker.stop(patience_s) for worker in self._workers))
+        if self._master is not None:
+            await self._master.stop(_KILL_AFTER_S)
+
+
+class Child:
+    """A node as a child process."""
+
+    def __init__(self, name: str, argv: Sequence[str], log_path: Path) -> None:
+        self.name: Final = name
+        self.log_path: Final = log_path
+        self._argv = argv
+        self._process: Process | None = None
+
+    async def start(self) -> None:
+        """Start it and wait until it is ready. Raises CliError if it ends before."""
+        with _open_log(self.log_path) as log:
+            # A session of its own: Ctrl-C is for the supervisor, which then ends its children in order.
+            self._process = await asyncio.create_subprocess_exec(
+                *self._argv, stdin=PIPE, stdout=PIPE, stderr=log, start_new_session=True
+            )
+        assert self._process.stdout is not None
+        if not await self._process.stdout.readline():
+            status = await self._process.wait()
+            raise CliError(f"{self.name} could not start: {self.last_words()}", _exit_of(status))
+
+    async def wait(self) -> int:
+        """Wait until it has ended; its status."""
+        assert self._process is not None
+        return await self._process.wait()
+
+    async def stop(self, patience_s: float) -> None:
+        """Ask it to end, wait, and kill it if that takes too long."""
+        process = self._process
+        if process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), patience_s)
+        except TimeoutError:
+            self.kill()
+            await process.wait()
+
+    def kill(self) -> None:
+        """End it at once."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    def last_words(self) -> str:
+        """The end of its log, for an error message."""
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - _TAIL_BYTES))
+            lines = log.read().decode("utf-8", "replace").strip().splitlines()
+        return lines[-1].removeprefix("error: ") if lines else f"it said nothing; see {self.log_path}"
+
+
+def _open_log(path: Path) -> BinaryIO:
+    """A log to append to; one that has become large is set aside first."""
+    if path.exists() and path.stat().st_size > _LOG_BYTES_MAX:
+        path.replace(path.with_suffix(".old.log"))
+    return path.open("ab")
+
+
+def _described(status: int) -> str:
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+
+
+def _exit_of(status: int) -> Exit:
+    return Exit(status) if status in (Exit.USAGE, Exit.NOT_FOUND) else Exit.OPERATING

@@ -1,0 +1,169 @@
+"""`agentflow master` and `agentflow worker`: the nodes of a cluster, one process each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Final
+
+import psutil
+import typer
+
+from agentflow.checks import STRATEGIES
+from agentflow.events import Policy
+from agentflow_nodes.apps import load_app
+from agentflow_nodes.cli.daemon import serve
+from agentflow_nodes.cli.errors import usage
+from agentflow_nodes.cli.logs import Level
+from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats, default_slots, parse_labels
+from agentflow_nodes.cli.session import run, target
+from agentflow_nodes.master.node import Master, MasterConfig
+from agentflow_nodes.worker.config import WorkerConfig
+from agentflow_nodes.worker.node import Worker
+
+_MB: Final = 1 << 20
+
+Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
+
+
+def default_name(role: str) -> str:
+    """A name nobody else on this machine has."""
+    return f"{role}-{os.uname().nodename.split('.')[0][:32]}-{os.getpid()}".replace(".", "-")
+
+
+def master_command(  # noqa: PLR0917 - options
+    name: Annotated[
+        str, typer.Option("--name", help="Its name; by default one with host and process id.")
+    ] = "",
+    strategy: Annotated[
+        str, typer.Option("--strategy", help=f"How it places tasks: {', '.join(STRATEGIES)}.")
+    ] = STRATEGIES[0],
+    lease_ttl_s: Annotated[
+        int, typer.Option("--lease-ttl-s", min=1, help="How soon another master may take over, seconds.")
+    ] = 3,
+    worker_ttl_s: Annotated[
+        float, typer.Option("--worker-ttl-s", min=1.0, help="A worker silent for so long is lost, seconds.")
+    ] = 5.0,
+    nats: Nats = None,
+    namespace: Namespace = "default",
+    as_json: Json = False,
+    debug: Debug = False,
+    supervised: Supervised = False,
+) -> None:
+    """Start a master: it leads the namespace, or stands by.
+
+    One master leads, any number stand by and take over when it ends. Stop it with Ctrl-C
+    or SIGTERM.
+
+    For example:
+
+        agentflow master
+        agentflow master --nats nats://10.0.0.5:4222 --strategy bin_packing
+    """
+    where = target(nats, namespace)
+    if strategy not in STRATEGIES:
+        raise usage(f"--strategy: expected one of {', '.join(STRATEGIES)}; found {strategy!r}")
+    config = MasterConfig(
+        url=where.url,
+        namespace=namespace,
+        name=name or default_name("master"),
+        lease_ttl_s=lease_ttl_s,
+        worker_ttl_s=worker_ttl_s,
+        policy=Policy(strategy=strategy),
+    )
+    told = {"node": "master", "name": config.name, "url": where.url, "namespace": namespace}
+    text = f"Master {config.name} is ready on {where.url}, namespace {namespace}."
+    run(serve(Master(config), told, text, as_json=as_json, supervised=supervised), logs=_level(debug=debug))
+
+
+def worker_command(  # noqa: PLR0917 - options
+    app: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--app",
+            metavar="MODULE|FILE",
+            help="Where its functions are: a module or a Python file. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str, typer.Option("--name", help="Its name; by default one with host and process id.")
+    ] = "",
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            "--slots", min=1, help="Tasks it runs at once.", show_default="twice the cores, 4 or more"
+        ),
+    ] = None,
+    ahead: Annotated[
+        int, typer.Option("--ahead", min=0, help="Short tasks it is willing to hold beyond its slots.")
+    ] = 1024,
+    group: Annotated[str, typer.Option("--group", help="A group that tasks can ask for.")] = "",
+    label: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label",
+            metavar="KEY=VALUE",
+            help="A label that tasks can ask for; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    cpu: Annotated[
+        float | None, typer.Option("--cpu", min=0.0, help="Cores it offers.", show_default="all")
+    ] = None,
+    memory_mb: Annotated[
+        int | None, typer.Option("--memory-mb", min=0, help="Memory it offers, MiB.", show_default="all")
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=0, help="GPUs it offers.")] = 0,
+    drain_s: Annotated[
+        float,
+        typer.Option("--drain-s", min=0.0, help="How long running tasks may go on when it stops, seconds."),
+    ] = 30.0,
+    nats: Nats = None,
+    namespace: Namespace = "default",
+    as_json: Json = False,
+    debug: Debug = False,
+    supervised: Supervised = False,
+) -> None:
+    """Start a worker: it runs tasks.
+
+    Shell scripts and programs run anywhere; functions where their app is loaded. Ctrl-C or
+    SIGTERM lets running tasks end and hands the rest back; a second one stops at once.
+
+    For example:
+
+        agentflow worker --app shop.tasks
+        agentflow worker --app tasks.py --slots 16 --group gpu --gpus 2 --label zone=eu
+    """
+    where = target(nats, namespace)
+    labels = parse_labels(label or [])
+    for spec in app or []:
+        load_app(spec, Path.cwd())
+    config = WorkerConfig(
+        url=where.url,
+        namespace=namespace,
+        name=name or default_name("worker"),
+        slots=slots or default_slots(),
+        ahead=ahead,
+        group=group,
+        labels=labels,
+        cpu=float(os.cpu_count() or 1) if cpu is None else cpu,
+        memory_mb=psutil.virtual_memory().total // _MB if memory_mb is None else memory_mb,
+        gpus=gpus,
+        drain_s=drain_s,
+    )
+    worker = Worker(config)
+    told = {
+        "node": "worker",
+        "name": config.name,
+        "url": where.url,
+        "namespace": namespace,
+        "slots": config.slots,
+    }
+    functions = ", ".join(sorted(worker.functions)) or "none"
+    text = f"Worker {config.name} is ready on {where.url}: {config.slots} slots, functions: {functions}."
+    run(serve(worker, told, text, as_json=as_json, supervised=supervised), logs=_level(debug=debug))
+
+
+def _level(*, debug: bool) -> Level:
+    return "debug" if debug else "info"

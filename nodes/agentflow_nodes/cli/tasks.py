@@ -1,0 +1,334 @@
+"""`agentflow task` and `agentflow tasks`."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from agentflow import ids
+from agentflow.domain.life import FINAL, State
+from agentflow.events import TaskCompleted, TaskFailed
+from agentflow.frames import judge
+from agentflow.log.port import Log
+from agentflow_nodes.cli.errors import not_found, usage
+from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
+from agentflow_nodes.cli.output import (
+    DIM,
+    console,
+    duration,
+    moment,
+    plain,
+    print_json,
+    say,
+    state_text,
+    table,
+)
+from agentflow_nodes.cli.session import Target, client_logs, load, open_log, run, target
+from agentflow_projections.history import Attempt, History, TaskRow
+
+_LIMIT: Final = 50
+_RESULT_SHOWN_MAX: Final = 4_000
+
+
+def task_command(
+    wanted: Annotated[str, typer.Argument(metavar="ID", help="The task's id.", show_default=False)],
+    nats: Nats = None,
+    namespace: Namespace = "default",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show one task: its state, attempts, output and result.
+
+    A task of a workflow is called <workflow id>/<task_id>.
+
+    For example:
+
+        agentflow task 0197a3c4-6d1e-7cc2-9d3f-0f3c5a2b1e77
+        agentflow task release-7/build --json | jq .result
+    """
+    run(_task(target(nats, namespace), wanted, as_json=as_json), logs=client_logs(debug=debug))
+
+
+async def _task(where: Target, wanted: str, *, as_json: bool) -> None:
+    wanted_key = ids.workflow_of(wanted) or wanted
+    async with open_log(where) as log:
+        history = await load(log, keep=lambda key: key == wanted_key)
+        row = history.tasks.get(wanted)
+        if row is None:
+            raise not_found(_unknown(history, wanted))
+        await complete(log, row)
+    if as_json:
+        print_json(task_document(row, history.now_ms))
+    else:
+        console().print(_described(row, history))
+
+
+def _unknown(history: History, wanted: str) -> str:
+    if wanted in history.workflows:
+        return f"{wanted!r} is a workflow: see 'agentflow workflow {wanted}'"
+    workflow = history.workflows.get(ids.workflow_of(wanted) or "")
+    if workflow is not None:
+        some = ", ".join(islice(workflow.tasks, 8))
+        return f"workflow {workflow.id!r} has no task {wanted.partition('/')[2]!r}; it has {some}"
+    for refused in history.refused:
+        if ids.derived(refused.seq, refused.index) == wanted:
+            return f"{wanted!r} was rejected: {refused.reason}: {refused.detail}"
+    return f"no task is called {wanted!r}; 'agentflow tasks' lists them"
+
+
+async def complete(log: Log, row: TaskRow) -> None:
+    """Read the whole outputs and the result, which the history keeps in part."""
+    for attempt in row.attempts:
+        message = await log.read(attempt.seq) if attempt.seq else None
+        if message is None:
+            continue
+        event = judge(message.subject, message.data, message.headers).items[attempt.index]
+        if isinstance(event, TaskCompleted | TaskFailed) and event.id == row.id:
+            attempt.stdout, attempt.stderr = event.stdout, event.stderr
+        if isinstance(event, TaskCompleted) and isinstance(event.result, msgspec.Raw):
+            row.result = event.result
+
+
+def tasks_command(
+    state: Annotated[
+        list[str] | None,
+        typer.Option("--state", help=f"Only these: {', '.join(State)}; repeatable.", show_default=False),
+    ] = None,
+    workflow: Annotated[
+        str, typer.Option("--workflow", metavar="ID", help="Only tasks of this workflow.")
+    ] = "",
+    limit: Annotated[int, typer.Option("--limit", min=0, help="The latest so many; 0: all.")] = _LIMIT,
+    nats: Nats = None,
+    namespace: Namespace = "default",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List tasks, the latest last.
+
+    For example:
+
+        agentflow tasks
+        agentflow tasks --state failed --state running --limit 0
+        agentflow tasks --json | jq -r 'select(.state == "failed") | .id'
+    """
+    states = frozenset(state or ())
+    unknown = states - set(State)
+    if unknown:
+        raise usage(f"--state: expected {', '.join(State)}; found {', '.join(sorted(unknown))!r}")
+    where = target(nats, namespace)
+    run(_tasks(where, states, workflow, limit, as_json=as_json), logs=client_logs(debug=debug))
+
+
+async def _tasks(where: Target, states: frozenset[str], workflow: str, limit: int, *, as_json: bool) -> None:
+    async with open_log(where) as log:
+        history = await load(log, keep=(lambda key: key == workflow) if workflow else None)
+    found = [
+        row
+        for row in history.tasks.values()
+        if (not states or row.state in states) and (not workflow or row.workflow == workflow)
+    ]
+    shown = found[-limit:] if limit else found
+    if as_json:
+        for row in shown:
+            print_json(task_document(row, history.now_ms))
+        return
+    if not shown:
+        say("No such tasks." if history.tasks else "No tasks yet: 'agentflow submit' hands one over.", DIM)
+        return
+    console().print(task_table(shown, history.now_ms))
+    if len(shown) < len(found):
+        say(f"the latest {len(shown)} of {len(found)}; --limit shows more", DIM)
+
+
+def task_table(rows: list[TaskRow], now_ms: int, *, inside: bool = False) -> Table:
+    """Tasks, one a line; `inside` a workflow by their task_id."""
+    made = table("task", "state", "tries", "wait", "run", "worker", "title", right=("tries", "wait", "run"))
+    for row in rows:
+        made.add_row(
+            plain(row.task_id if inside else row.id),
+            state_text(row.state),
+            attempts_text(row),
+            duration(row.wait_ms(now_ms)),
+            duration(row.run_ms(now_ms)),
+            plain(row.worker),
+            plain(row.title or shown_work(row), "" if row.title else DIM),
+        )
+    return made
+
+
+def attempts_text(row: TaskRow) -> str:
+    """Attempts so far, and how many failures are allowed."""
+    count = len(row.attempts)
+    return f"{count}/{row.attempts_max}" if row.attempts_max > 1 else str(count or "")
+
+
+def shown_error(row: TaskRow) -> str:
+    """Why a task failed; that it is an error goes without saying."""
+    return row.error.removeprefix("error: ")
+
+
+def shown_work(row: TaskRow) -> str:
+    """What a task runs, on one line."""
+    text = row.runs.splitlines()[0] if row.runs else ""
+    more = " …" if text != row.runs else ""
+    return f"{text}{more}" if row.runs_kind != "function" else f"{text}()"
+
+
+# One task ----------------------------------------------------------------------------
+
+
+def _described(row: TaskRow, history: History) -> RenderableType:
+    parts: list[RenderableType] = [_headline(row), Padding(_facts(row, history), (0, 0, 0, 2), expand=False)]
+    if row.attempts:
+        parts += [Text(), Padding(_attempt_table(row, history.now_ms), (0, 0, 0, 2), expand=False)]
+    last = row.attempts[-1] if row.attempts else None
+    if last is not None:
+        for name, text in (("stdout", last.stdout), ("stderr", last.stderr), ("traceback", last.traceback)):
+            parts += output_block(name, text)
+    if row.state is State.COMPLETED:
+        parts += output_block("result", _result_text(row))
+    return Group(*parts)
+
+
+def _headline(row: TaskRow) -> Text:
+    line = Text.assemble(state_text(row.state), "  ", plain(row.id, "bold"))
+    if row.title:
+        line.append_text(plain(f"  {row.title}"))
+    return line
+
+
+def _facts(row: TaskRow, history: History) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style=DIM)
+    grid.add_column(overflow="fold")
+    now_ms = history.now_ms
+    for name, value in (
+        ("runs", f"{row.runs_kind} {shown_work(row)}"),
+        ("error", shown_error(row)),
+        ("cancel", (row.cancel_reason or "requested") if row.cancel_requested or row.cancel_reason else ""),
+        ("why not yet", _why_waiting(row, history)),
+        ("depends on", ", ".join(row.dependencies)),
+        ("priority", str(row.priority)),
+        ("submitted", f"{moment(row.submitted_ms)} by {row.client}, at {row.seq}.{row.index}"),
+        ("waited", duration(row.wait_ms(now_ms))),
+        ("ran", duration(row.run_ms(now_ms))),
+    ):
+        if value:
+            grid.add_row(name, plain(value))
+    return grid
+
+
+def _why_waiting(row: TaskRow, history: History) -> str:
+    if row.state is State.PENDING and row.due_ms:
+        return f"tried again in {duration(max(0, row.due_ms - history.now_ms))}"
+    if row.state is State.PENDING:
+        open_ones = [each for each in row.dependencies if not _is_final(history, row, each)]
+        return f"waits for {', '.join(open_ones)}"
+    if row.state is State.READY and row.live is not None:
+        return why_ready(row, history)
+    return ""
+
+
+def _is_final(history: History, row: TaskRow, dependency: str) -> bool:
+    return history.tasks[ids.in_workflow(row.workflow, dependency)].state in FINAL
+
+
+def why_ready(row: TaskRow, history: History) -> str:
+    """Why a ready task is not running."""
+    from agentflow.domain.policies import eligible  # noqa: PLC0415 - beside its only use
+
+    assert row.live is not None
+    workers = [worker for worker in history.state.workers.values() if not worker.draining]
+    if not workers:
+        return "no worker is there"
+    if not any(eligible(row.live.terms.demand, worker) for worker in workers):
+        return "it fits none of the workers: see 'agentflow workers'"
+    return "the workers are busy"
+
+
+def _attempt_table(row: TaskRow, now_ms: int) -> Table:
+    made = table("attempt", "outcome", "worker", "began", "took", "error", right=("attempt", "took"))
+    for attempt in row.attempts:
+        made.add_row(
+            str(attempt.number),
+            state_text(attempt.outcome or "running"),
+            plain(attempt.worker),
+            moment(attempt.started_ms or attempt.assigned_ms),
+            duration(_took_ms(attempt, now_ms)),
+            plain(": ".join(part for part in (attempt.error, attempt.message) if part)),
+        )
+    return made
+
+
+def _took_ms(attempt: Attempt, now_ms: int) -> float:
+    if attempt.run_us:
+        return attempt.run_us / 1000
+    return max(0, (attempt.ended_ms or now_ms) - (attempt.started_ms or attempt.assigned_ms))
+
+
+def output_block(name: str, text: str) -> list[RenderableType]:
+    """A piece of output under its name; nothing if there is none."""
+    if not text.strip():
+        return []
+    return [
+        Text(),
+        Text(f"  {name}", style=DIM),
+        Padding(plain(text.rstrip("\n"), lines=True), (0, 0, 0, 4), expand=False),
+    ]
+
+
+def _result_text(row: TaskRow) -> str:
+    if row.object is not None:
+        return f"{row.object.size} bytes in the object store, {row.object.name}"
+    if row.result is None:
+        return ""
+    value = msgspec.json.decode(row.result)
+    text = value if isinstance(value, str) else msgspec.json.format(bytes(row.result), indent=2).decode()
+    if value is None:
+        return ""
+    more = len(text) - _RESULT_SHOWN_MAX
+    return text if more <= 0 else f"{text[:_RESULT_SHOWN_MAX]}\n… {more} characters more; --json shows all"
+
+
+# For programs ------------------------------------------------------------------------
+
+
+def task_document(row: TaskRow, now_ms: int) -> dict[str, Any]:
+    """A task as JSON."""
+    return {
+        "id": row.id,
+        "task_id": row.task_id,
+        "workflow": row.workflow or None,
+        "title": row.title,
+        "state": str(row.state),
+        "runs": {"kind": row.runs_kind, "what": row.runs},
+        "priority": row.priority,
+        "dependencies": row.dependencies,
+        "client": row.client,
+        "position": [row.seq, row.index],
+        "submitted_ms": row.submitted_ms,
+        "ready_ms": row.ready_ms or None,
+        "ended_ms": row.ended_ms or None,
+        "wait_ms": row.wait_ms(now_ms),
+        "run_ms": row.run_ms(now_ms),
+        "worker": row.worker or None,
+        "error": row.error,
+        "cancel_requested": row.cancel_requested,
+        "cancel_reason": row.cancel_reason,
+        "result": msgspec.json.decode(row.result) if row.result is not None else None,
+        "object": msgspec.to_builtins(row.object),
+        "attempts": [_attempt_document(attempt) for attempt in row.attempts],
+    }
+
+
+def _attempt_document(attempt: Attempt) -> dict[str, Any]:
+    document: dict[str, Any] = msgspec.to_builtins(attempt)
+    position = [document.pop("seq"), document.pop("index")]
+    return {**document, "position": position if attempt.seq else None}

@@ -1,0 +1,121 @@
+"""`agentflow up`: everything on one machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from agentflow_nodes.cli.cluster import Cluster, ClusterConfig
+from agentflow_nodes.cli.daemon import Stop
+from agentflow_nodes.cli.errors import CliError, Exit
+from agentflow_nodes.cli.options import Debug, Json, Namespace, default_slots
+from agentflow_nodes.cli.output import console, plain, print_json, say
+from agentflow_nodes.cli.session import run, target
+
+_PORT: Final = 4222
+
+
+def up_command(  # noqa: PLR0917 - options
+    data_dir: Annotated[
+        Path, typer.Option("--data-dir", help="Where the log is kept. It survives a restart.")
+    ] = Path(".agentflow"),
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="Port of the NATS server; 0: any that is free.")
+    ] = _PORT,
+    workers: Annotated[int, typer.Option("--workers", min=0, help="How many workers, one process each.")] = 1,
+    slots: Annotated[
+        int | None,
+        typer.Option(
+            "--slots", min=1, help="Tasks each runs at once.", show_default="twice the cores, 4 or more"
+        ),
+    ] = None,
+    app: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--app",
+            metavar="MODULE|FILE",
+            help="Where functions are: a module or a Python file. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
+    drain_s: Annotated[
+        float,
+        typer.Option("--drain-s", min=0.0, help="How long running tasks may go on at the end, seconds."),
+    ] = 30.0,
+    namespace: Namespace = "default",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Start NATS, a master and workers on this machine.
+
+    Ctrl-C or SIGTERM ends all in order: workers finish what they run, then the master, then
+    the server. A second Ctrl-C ends everything at once. What was acknowledged is on disk and
+    there again at the next start.
+
+    For example:
+
+        agentflow up
+        agentflow up --workers 4 --app tasks.py
+        agentflow up --port 0 --data-dir /var/lib/agentflow --json
+    """
+    where = target(None, namespace)
+    config = ClusterConfig(
+        data_dir=data_dir,
+        port=port,
+        namespace=where.namespace,
+        workers=workers,
+        slots=slots or default_slots(),
+        apps=tuple(app or ()),
+        drain_s=drain_s,
+    )
+    run(_up(config, as_json=as_json), logs="debug" if debug else "error")
+
+
+async def _up(config: ClusterConfig, *, as_json: bool) -> None:
+    begun = time.monotonic()
+    cluster = Cluster(config, say)
+    async with Stop(cluster.kill) as stop:
+        async with cluster:
+            stop.ready()
+            _say_ready(cluster, time.monotonic() - begun, as_json=as_json)
+            await cluster.gone_or(stop.asked)
+            say("Stopping: workers finish what they run. Ctrl-C again ends it at once.", "bright_black")
+        if stop.forced:
+            raise CliError("ended at once, as asked", Exit.INTERRUPTED)
+    say("Stopped.", "bright_black")
+
+
+def _say_ready(cluster: Cluster, seconds: float, *, as_json: bool) -> None:
+    config = cluster.config
+    if as_json:
+        told = {"ready": True, "url": cluster.url, "namespace": config.namespace, "workers": config.workers}
+        print_json(
+            {
+                **told,
+                "slots": config.slots,
+                "data_dir": str(config.data_dir),
+                "pid": os.getpid(),
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    workers = f"{config.workers} worker{'' if config.workers == 1 else 's'} of {config.slots} slots"
+    out = console()
+    out.print(plain(f"AgentFlow is ready at {cluster.url}", "bold green"), end="")
+    out.print(plain(f"  after {seconds:.1f} s: {workers}, data in {config.data_dir}", "bright_black"))
+    for line in _hints(cluster.url, config.namespace):
+        out.print(plain(f"  {line}", "cyan"), soft_wrap=True)
+
+
+def _hints(url: str, namespace: str) -> list[str]:
+    """What to try, in a terminal that knows nothing yet."""
+    lines = ["agentflow submit --shell 'echo hello' --wait", "agentflow workers"]
+    if namespace != "default":
+        lines.insert(0, f"export AGENTFLOW_NAMESPACE={namespace}")
+    if not url.endswith(f"127.0.0.1:{_PORT}"):
+        lines.insert(0, f"export AGENTFLOW_NATS_URL={url}")
+    return lines
