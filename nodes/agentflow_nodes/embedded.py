@@ -34,9 +34,9 @@ from types import TracebackType
 from typing import Any, Final, Literal, Self
 
 import psutil
-import structlog
 
 from agentflow.errors import OperatingError
+from agentflow.logs import get_logger
 
 VERSION_MIN: Final = (2, 15, 1)
 """Older servers lack what the log relies on."""
@@ -56,6 +56,7 @@ _FULL_BYTES: Final = 16 * 1024 * 1024
 # Recovering a large store takes its time.
 _START_S_MAX: Final = 120.0
 _POLL_INTERVAL_S: Final = 0.002
+_FULL_S: Final = 2.0
 _INFO_TIMEOUT_S: Final = 5.0
 _VERSION_TIMEOUT_S: Final = 10.0
 _STOP_S_MAX: Final = 10.0
@@ -71,6 +72,7 @@ _STABLE_S: Final = 60.0
 
 _TAIL_LINES: Final = 20
 _TAIL_BYTES: Final = 64 * 1024
+_INFORMING: Final = " [INF] "
 
 _CONFIG_FILE: Final = "nats-server.conf"
 _LOG_FILE: Final = "nats-server.log"
@@ -88,7 +90,7 @@ if os.getppid() == int(sys.argv[1]):
     os.execv(sys.argv[2], sys.argv[2:])
 """
 
-_log = structlog.get_logger(__name__)
+_log = get_logger(__name__)
 
 
 class EmbeddedServer:
@@ -258,18 +260,26 @@ class EmbeddedServer:
     # Watching.
 
     async def _keep(self) -> None:
-        """Start the server again when it dies by itself, a bounded number of times in a row."""
+        """Keep a server running, and tell when that is over."""
+        attempts = 0
+        try:
+            attempts = await self._revive()
+        except Exception:  # noqa: BLE001 - whoever relies on the server must learn of it
+            _log.exception("keeping nats-server alive failed")
+        self.gone.set()
+        _log.error("nats-server is not started again", attempts=attempts)
+
+    async def _revive(self) -> int:
+        """Start the server again when it dies by itself; returns after too many attempts in a row."""
         attempts = 0
         started = True
         while True:
             if started and await self._died() > _STABLE_S:
                 attempts = 0
             if not self._restart_if_dies or attempts == _RESTARTS_MAX:
-                break
+                return attempts
             started = await self._restart(attempts)
             attempts += 1
-        _log.critical("nats-server is not started again", attempts=attempts)
-        self.gone.set()
 
     async def _died(self) -> float:
         """Wait until the server has ended; returns how many seconds it ran."""
@@ -336,13 +346,14 @@ class _Run:
 
     async def ready(self) -> _Ports:
         """Wait until the server listens. Raises OperatingError if it ends instead."""
-        deadline = self._began + _START_S_MAX
-        while asyncio.get_running_loop().time() < deadline:
+        while (waited_s := asyncio.get_running_loop().time() - self._began) < _START_S_MAX:
             ports = self._ports()
             if ports is not None:
                 return ports
             if self.process.returncode is not None:
                 raise OperatingError(self._why_not())
+            if waited_s > _FULL_S and self._full():  # it runs, and cannot write that it is ready
+                raise OperatingError(f"{self._full()}nats-server does not get ready; it says:\n{self.tail()}")
             await asyncio.sleep(_POLL_INTERVAL_S)
         raise OperatingError(f"nats-server is not ready after {_START_S_MAX} s; it says:\n{self.tail()}")
 
@@ -372,7 +383,7 @@ class _Run:
         return {"pid": self.process.pid, "code": self.process.returncode, "said": self.tail()}
 
     def tail(self) -> str:
-        """The last lines this process wrote, to its log or elsewhere."""
+        """The last lines this process wrote, to its log or elsewhere, without the merely informing."""
         output = _tail_of(self._output, 0) if self._output >= 0 else ""
         try:
             fd = os.open(self._folder / _LOG_FILE, os.O_RDONLY | os.O_CLOEXEC)
@@ -383,7 +394,8 @@ class _Run:
             logged = _tail_of(fd, self._log_from if os.fstat(fd).st_size >= self._log_from else 0)
             os.close(fd)
         lines = (logged + output).splitlines()
-        return "\n".join(lines[-_TAIL_LINES:])
+        telling = [line for line in lines if line.strip() and _INFORMING not in line]
+        return "\n".join(telling[-_TAIL_LINES:] or lines[-1:])
 
     def _ports(self) -> _Ports | None:
         # Written in place: until it is complete it is no JSON.
@@ -400,11 +412,16 @@ class _Run:
                 f"port {in_use[1]} is in use by another program: end that program,"
                 " or choose another port (0 takes one that is free)"
             )
-        full = ""
-        with contextlib.suppress(OSError):
+        code = self.process.returncode
+        return f"{self._full()}nats-server ended with code {code} while starting; it says:\n{tail}"
+
+    def _full(self) -> str:
+        """The words that the disk is full, if it is."""
+        try:
             free = shutil.disk_usage(self._folder).free
-            full = f"the disk of {self._folder} is full ({free} bytes free): " if free < _FULL_BYTES else ""
-        return f"{full}nats-server ended with code {self.process.returncode} while starting; it says:\n{tail}"
+        except OSError:
+            return ""
+        return f"the disk of {self._folder} is full ({free} bytes free): " if free < _FULL_BYTES else ""
 
 
 # The program.

@@ -192,13 +192,17 @@ async def test_a_store_that_cannot_be_written_is_told_in_the_servers_words(tmp_p
             pass
 
 
-async def test_a_full_disk_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kib", "said"), [(0, "No space left on device"), (8, "is full")])
+async def test_a_full_disk_is_named(
+    tmp_path: Path, kib: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "_FULL_S", 0.3)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], check=False).returncode:
         pytest.skip("may not mount")
     try:
         with contextlib.suppress(OSError):
-            (tmp_path / "filling").write_bytes(bytes(64 * 1024))
-        with pytest.raises(OperatingError, match=r"No space left on device"):
+            (tmp_path / "filling").write_bytes(bytes((64 - kib) * 1024))
+        with pytest.raises(OperatingError, match=said):
             async with EmbeddedServer(tmp_path):
                 pass
     finally:

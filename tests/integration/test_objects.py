@@ -1,5 +1,8 @@
 """The object store's promises, kept by both adapters, and what is JetStream's alone."""
 
+# pyright: reportUnknownMemberType=false
+# The client library is typed in part.
+
 from __future__ import annotations
 
 import asyncio
