@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from agentflow import wire
 from agentflow.domain.plan import Plan, Silence, plan
+from agentflow.errors import OperatingError
 from agentflow.events import Event, LeaderElected, Policy, PolicyChanged, Role, TaskAssigned, TaskQuarantined
 from agentflow.frames import Decision, Judged, TooLarge, compose, encode
 from agentflow.log.port import Appended, Done, Fence, Frame, Log, Reason, Refused
@@ -32,7 +33,8 @@ BYTES_CLOSED_SHARE: Final = 0.8
 """Share of the log's hard limit at which submissions are turned away."""
 BYTES_OPEN_SHARE: Final = 0.7
 _WAKE_S_MAX: Final = 1.0
-_BUSY_PAUSE_S: Final = 0.005
+_PAUSE_S_FIRST: Final = 0.005
+_PAUSE_S_MAX: Final = 0.5
 _FRAME_EVENTS: Final = 1_000
 
 _log = get_logger(__name__)
@@ -74,6 +76,7 @@ class Leader:
         """Whether the fold holds our election, and no later one."""
         self.elected_seq = 0
         self.deposed = False
+        self._accepting: bool | None = None  # what the policy has to say, if it must change
 
     def wake(self) -> None:
         """Something was folded or observed."""
@@ -110,28 +113,21 @@ class Leader:
 
     async def lead(self) -> End:
         """Plan and write until the term ends."""
-        if replace(self._follower.state.policy, version=0) != replace(
-            self._policy, version=0, accepting=True
-        ):
-            end = await self._change_policy(accepting=True)
-            if end is not None:
-                return self._over(end)
+        accepting = self._follower.state.policy.accepting
+        if self._policy_with(accepting=accepting) != self._follower.state.policy:
+            self._accepting = accepting
         keeper = asyncio.create_task(self._keep_house(), name="housekeeping")
         try:
             while True:
                 end = await self._step()
                 if end is not None:
-                    return self._over(end)
+                    _log.info("term over", master=self._name, why=end.value)
+                    return end
         finally:
             self.leading = False
+            self._follower.forget()
             keeper.cancel()
             await asyncio.wait([keeper])
-
-    def _over(self, end: End) -> End:
-        self.leading = False
-        self._follower.forget()
-        _log.info("term over", master=self._name, why=end.value)
-        return end
 
     async def _step(self) -> End | None:
         state = self._follower.state
@@ -142,6 +138,8 @@ class Leader:
             await self._wake.wait()
             return None
         now_ms = self._follower.now_ms
+        if self._accepting is not None:
+            return await self._write(self._policy_change(self._accepting), now_ms)
         made = plan(state, now_ms, self._silences())
         if made:
             return await self._write(made, now_ms)
@@ -223,13 +221,15 @@ class Leader:
         return self._name
 
     async def _append(self, frame: Frame) -> Appended:
+        pause_s = _PAUSE_S_FIRST
         while True:
             appended = await self._log.append(frame, fence=self._fence)
-            if isinstance(appended, Refused) and appended.reason in (Reason.BUSY, Reason.FULL):
-                _log.warning("write repeated", why=appended.reason, detail=appended.detail)
-                await asyncio.sleep(_BUSY_PAUSE_S)
-                continue
-            return appended
+            if not isinstance(appended, Refused) or appended.reason not in {Reason.BUSY, Reason.FULL}:
+                return appended
+            if pause_s >= _PAUSE_S_MAX:
+                _log.warning("a decision cannot be written", why=appended.reason, detail=appended.detail)
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _PAUSE_S_MAX)
 
     def _judge_append(self, appended: Appended) -> End | None:
         if isinstance(appended, Done):
@@ -238,16 +238,15 @@ class Leader:
         _log.warning("a decision was not written", why=appended.detail)
         return End.DOUBT
 
-    async def _change_policy(self, *, accepting: bool) -> End | None:
-        state = self._follower.state
-        policy = replace(self._policy, version=state.policy.version + 1, accepting=accepting)
-        decisions: dict[tuple[str, str], list[Event]] = {
-            (PolicyChanged.kind, self._name): [PolicyChanged(policy=policy)]
-        }
-        end = await self._write(Plan(decisions, None), self._follower.now_ms)
-        if end is None:
-            await self._folded(self._written_seq)
-        return end
+    def _policy_with(self, *, accepting: bool) -> Policy:
+        """Our policy, under the version that holds."""
+        return replace(self._policy, version=self._follower.state.policy.version, accepting=accepting)
+
+    def _policy_change(self, accepting: bool) -> Plan:  # noqa: FBT001 - what it is about
+        self._accepting = None
+        policy = self._policy_with(accepting=accepting)
+        change = PolicyChanged(policy=replace(policy, version=policy.version + 1))
+        return Plan({(change.kind, self._name): [change]}, None)
 
     async def _keep_house(self) -> None:
         """Turn submissions away while the log is nearly full, so that outcomes still have room."""
@@ -255,7 +254,7 @@ class Leader:
             await asyncio.sleep(HOUSEKEEPING_S)
             try:
                 identity = await self._log.identity()
-            except Exception as error:  # noqa: BLE001 - the follower meets the same trouble and judges it
+            except OperatingError as error:
                 _log.warning("the log's size is not known", error=str(error))
                 continue
             if identity.bytes_max <= 0:
@@ -264,7 +263,8 @@ class Leader:
             accepting = self._follower.state.policy.accepting
             if (accepting and share > BYTES_CLOSED_SHARE) or (not accepting and share < BYTES_OPEN_SHARE):
                 _log.warning("the log's fill level changed", share=round(share, 3), accepting=not accepting)
-                await self._change_policy(accepting=not accepting)
+                self._accepting = not accepting
+                self.wake()
 
     async def _folded(self, seq: int) -> None:
         """Wait until everything up to `seq` is folded."""

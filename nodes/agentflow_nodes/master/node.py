@@ -14,7 +14,7 @@ from msgspec import Struct
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.domain.state import Ended
-from agentflow.errors import AgentFlowError, Disconnected, InvalidRequest, LogGone
+from agentflow.errors import AgentFlowError, InvalidRequest, LogGone, OperatingError
 from agentflow.events import Policy
 from agentflow.frames import encode
 from agentflow.lease import Lease, LeaseStore
@@ -88,7 +88,11 @@ class Master:
             self._target_seq = (await self._log.identity()).last_seq
             self._stack = stack.pop_all()
         self._tasks.append(asyncio.create_task(self._follower.run(), name="follower"))
-        await self._wait_caught_up()
+        try:
+            await self._wait_caught_up()
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
         self._tasks.append(asyncio.create_task(self._stand(), name="lease"))
         return self
 
@@ -218,8 +222,8 @@ class Master:
                 last_term = leader.elected_seq
                 if await leader.lead() is End.DEPOSED:
                     return
-            except Disconnected as error:
-                _log.warning("not connected", error=str(error))
-                await asyncio.sleep(_ELECT_PAUSE_S)
             except LogGone:
                 return
+            except OperatingError as error:
+                _log.warning("the term could not be held", error=str(error))
+                await asyncio.sleep(_ELECT_PAUSE_S)

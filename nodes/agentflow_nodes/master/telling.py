@@ -12,7 +12,7 @@ from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.domain.life import WorkflowState
 from agentflow.domain.state import Ended, Namespace
-from agentflow.errors import OperatingError
+from agentflow.errors import AgentFlowError
 from agentflow.events import TaskCancelled, TaskCompleted, TaskFailed, TaskQuarantined, TaskTimedOut
 from agentflow.frames import encode
 from agentflow.logs import get_logger
@@ -25,7 +25,11 @@ from agentflow.notices import (
     decode_status_request,
 )
 
-IDS_MAX: Final = 5_000
+MESSAGE_BYTES_MAX: Final = 256 * 1024
+"""Notices for one client that go in one message."""
+_ESCAPED_MAX: Final = 6
+"""Bytes that one character may take in JSON."""
+IDS_MAX: Final = 2_000
 """Most ids in one question to the status service."""
 
 _log = get_logger(__name__)
@@ -48,20 +52,28 @@ def tell(bus: Bus, namespace: str, ended: Sequence[Ended]) -> None:
             subject = wire.notice(namespace, client, token)
             for data in _messages(notices):
                 bus.publish(subject, data)
-    except OperatingError as error:
+    except AgentFlowError as error:
         _log.debug("notices lost", error=str(error))
 
 
 def _messages(notices: list[Notice]) -> Iterator[bytes]:
-    room = NOTICE_RESULT_MAX * 8
+    """The notices in messages of bounded size."""
     start = 0
     used = 0
     for place, notice in enumerate(notices):
-        used += 0 if notice.result is UNSET else len(bytes(notice.result))
-        if used > room or place - start >= NOTICES_MAX:
+        size = _size_max(notice)
+        if used + size > MESSAGE_BYTES_MAX or place - start >= NOTICES_MAX:
             yield encode(notices[start:place])
             start, used = place, 0
+        used += size
     yield encode(notices[start:])
+
+
+def _size_max(notice: Notice) -> int:
+    """More than a notice can take as JSON."""
+    result = notice.result
+    text = len(notice.error) + len(notice.message)
+    return 512 + (0 if result is UNSET else len(bytes(result))) + _ESCAPED_MAX * text
 
 
 def _notice(end: Ended) -> Notice:
@@ -87,6 +99,8 @@ def _why(event: object) -> tuple[str, str]:
             return f"quarantined: {event.reason}", event.detail
         case (str() as reason, str() as detail):
             return reason, detail
+        case dict():  # the tasks of a workflow, by final state
+            return "", ", ".join(f"{count} {state}" for state, count in event.items())
         case _:
             return "", ""
 
@@ -126,7 +140,7 @@ class Services:
     def _answer(self, reply: str, data: bytes) -> None:
         try:
             self._bus.publish(reply, data)
-        except OperatingError as error:
+        except AgentFlowError as error:
             _log.debug("an answer was lost", error=str(error))
 
     def _on_status(self, _subject: str, data: bytes, reply: str, _headers: object) -> None:

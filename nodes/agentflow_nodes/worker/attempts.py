@@ -6,6 +6,7 @@ Resolve, run, classify, report. What an attempt may end in is a short union
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import shutil
@@ -23,11 +24,12 @@ from agentflow import ids
 from agentflow.checks import unsound
 from agentflow.client.function import Function
 from agentflow.context import TaskContext
-from agentflow.errors import ObjectMissing, OperatingError
-from agentflow.events import Event, TaskAssigned, TaskCompleted, TaskDeclined, TaskFailed
+from agentflow.errors import AppendUnknown, Disconnected, ObjectMissing, OperatingError
+from agentflow.events import Event, ObjectRef, TaskAssigned, TaskCompleted, TaskDeclined, TaskFailed
 from agentflow.frames import decode_any, encode
 from agentflow.limits import DEPTH_MAX, INLINE_BYTES_MAX, TAIL_LENGTH_MAX
 from agentflow.log.port import Log
+from agentflow.logs import get_logger
 from agentflow.objects import ObjectStore
 from agentflow_nodes.worker import materials, outcome
 from agentflow_nodes.worker.calls import Call, judge_async
@@ -42,6 +44,9 @@ RESULT_BYTES_MAX: Final = 64 * 1024 * 1024
 _HIDDEN: Final = ("AGENTFLOW_", "NATS_")
 """Our own settings are none of a task's business: they may hold credentials."""
 _TAIL_BYTES: Final = 8 * 1024
+_STORE_PAUSE_S: Final = 1.0
+
+_log = get_logger(__name__)
 
 
 class Run(Struct):
@@ -109,13 +114,17 @@ class Attempts:
                     return await self._run_here(run, function, given)
             else:
                 given = await materials.gather(self._log, self._objects, assigned)
+            if function is not None:
+                return await self._run_function(run, function, given)
+            return await self._run_process(run, given)
         except (BadInput, ObjectMissing) as error:
             return _failed(run, Failed("error", f"input: {error}", retryable=False))
         except (OperatingError, TimeoutError) as error:
             return _declined(assigned, f"its arguments could not be fetched: {error}")
-        if function is not None:
-            return await self._run_function(run, function, given)
-        return await self._run_process(run, given)
+        except Exception as error:  # noqa: BLE001 - see below
+            # A fault of ours, or input nobody thought of: the task ends of it, the worker does not.
+            _log.exception("an attempt failed in the worker", task=assigned.id)
+            return _failed(run, Failed("error", f"{type(error).__name__}: {error}", retryable=False))
 
     async def _run_here(self, run: Run, function: Function[..., Any], given: Materials) -> Event:
         """A coroutine function without a time limit runs inside its slot: a task of its own would cost more."""
@@ -169,19 +178,20 @@ class Attempts:
             "AGENTFLOW_TASK_ID": assigned.id,
             "AGENTFLOW_ATTEMPT": str(assigned.attempt),
         }
-        exited = await self._processes.run(
-            argv,
-            env=env,
-            cwd=assigned.cwd or None,
-            timeout_s=assigned.timeout_s or None,
-            token=f"{assigned.incarnation}-{number}",
-        )
-        run.started_at_ms = exited.started_at_ms
-        ended = outcome.of_exit(exited, assigned.timeout_s or None)
-        stdout = exited.stdout_tail
-        if isinstance(ended, Completed):
-            ended, stdout = _process_result(result_path, exited)
-        else:
+        try:
+            exited = await self._processes.run(
+                argv,
+                env=env,
+                cwd=assigned.cwd or None,
+                timeout_s=assigned.timeout_s or None,
+                token=f"{assigned.incarnation}-{number}",
+            )
+            run.started_at_ms = exited.started_at_ms
+            ended = outcome.of_exit(exited, assigned.timeout_s or None)
+            stdout = exited.stdout_tail
+            if isinstance(ended, Completed):
+                ended, stdout = _process_result(result_path, exited)
+        finally:
             result_path.unlink(missing_ok=True)
         if isinstance(ended, Failed) and ended.kind in assigned.non_retryable:
             ended = structs.replace(ended, retryable=False)
@@ -197,7 +207,7 @@ class Attempts:
         ref = None
         if len(value) > INLINE_BYTES_MAX:
             try:
-                ref, result = await self._objects.put(value), UNSET
+                ref, result = await self._store(value), UNSET
             except OperatingError as error:
                 return _failed(
                     run, Failed("result", f"the result could not be stored: {error}"), stdout, stderr, run_us
@@ -214,13 +224,24 @@ class Attempts:
             stderr=_text(stderr),
         )
 
+    async def _store(self, value: bytes) -> ObjectRef:
+        """Put a result into the object store, however long it takes: nobody else has it.
+
+        Raises OperatingError if the store refuses it.
+        """
+        while True:
+            try:
+                return await self._objects.put(value)
+            except (Disconnected, AppendUnknown) as error:
+                _log.warning("a result could not be stored yet", error=str(error))
+                await asyncio.sleep(_STORE_PAUSE_S)
+
 
 def _process_result(path: Path, exited: ProcessExit) -> tuple[Outcome, str]:
     """What a process gave: the JSON it wrote, or else its output as text; and what to show of its output."""
     try:
         with path.open("rb") as file:
             data = file.read(RESULT_BYTES_MAX + 1)
-        path.unlink()
     except FileNotFoundError:
         text = exited.stdout_tail.strip().replace("\0", "\ufffd")
         return Completed(Raw(encode(text or None))), ""

@@ -17,6 +17,7 @@ from agentflow.domain.workflows import AT_KEY, RESULT_KEY
 from agentflow.errors import ObjectMissing, Rejection
 from agentflow.events import (
     Input,
+    ObjectRef,
     TaskAssigned,
     TaskCompleted,
     TaskSubmitted,
@@ -66,7 +67,9 @@ async def gather(log: Log, objects: ObjectStore, assigned: TaskAssigned) -> Mate
         work = await _submitted(log, assigned)
         found = Materials(work.args, work.kwargs, work.argv, work.env)
     if assigned.object is not None:
-        given = _decode(await objects.get(assigned.object))
+        given = _decoded_object(await objects.get(assigned.object), assigned.object)
+        if not isinstance(given, dict):
+            raise BadInput(f"object {assigned.object.name} holds no arguments")
         found = msgspec.structs.replace(found, args=given.get("args", []), kwargs=given.get("kwargs", {}))
     if not assigned.inputs:
         return found
@@ -81,6 +84,13 @@ async def gather(log: Log, objects: ObjectStore, assigned: TaskAssigned) -> Mate
 
 def _decoded(raw: Raw | UnsetType, default: Any) -> Any:
     return default if raw is UNSET else _decode(raw)
+
+
+def _decoded_object(data: bytes, ref: ObjectRef) -> Any:
+    try:
+        return _decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise BadInput(f"object {ref.name} holds no JSON: {error}") from error
 
 
 async def _item(log: Log, seq: int, index: int) -> Any:
@@ -112,7 +122,7 @@ async def _result(log: Log, objects: ObjectStore, given: Input) -> Any:
     if not isinstance(item, TaskCompleted):
         raise ObjectMissing(f"no result lies at {given.seq}, {given.index}")
     if item.object is not None:
-        return _decode(await objects.get(item.object))
+        return _decoded_object(await objects.get(item.object), item.object)
     return _decoded(item.result, None)
 
 

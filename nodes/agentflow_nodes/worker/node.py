@@ -27,6 +27,7 @@ from agentflow.errors import AgentFlowError, OperatingError
 from agentflow.events import (
     Event,
     TaskAssigned,
+    TaskDeclined,
     TaskStarted,
     TaskStop,
     WorkerDraining,
@@ -52,6 +53,8 @@ GIVE_UP_S: Final = 5.0
 """How long a stopped function may go on before its slot is given to others."""
 _YIELD_AFTER: Final = 32
 """Attempts a slot may run in a row before others get a turn."""
+_STOP_GRACE_S: Final = 3.0
+"""How long a coroutine may take to clean up after its cancellation, before its slot goes on without it."""
 _LEAVE_S: Final = 5.0
 """How long leaving waits for the log to take the last word."""
 
@@ -146,13 +149,14 @@ class Worker:
     async def _leave(self) -> None:
         """Take nothing new, let what runs end within its time, hand the rest back."""
         self._draining = True
-        self._queue.clear()
         if not self._incarnation:
             return
         self._writer.say(WorkerDraining(incarnation=self._incarnation))
+        while self._queue:
+            self._hand_back(self._queue.popleft())
         until = time.monotonic() + self.config.drain_s
-        while self._running and time.monotonic() < until:
-            await asyncio.wait([*self._busy_slots()], timeout=_SWEEP_S)
+        while self._running and time.monotonic() < until:  # noqa: ASYNC110 - attempts must not pay for an event
+            await asyncio.sleep(_SWEEP_S)
         if self._running:
             _log.warning("tasks stopped to leave", count=len(self._running))
         await self._end_slots("the worker leaves")
@@ -163,8 +167,15 @@ class Worker:
         except (TimeoutError, OperatingError) as error:
             _log.warning("left without saying so", error=str(error) or type(error).__name__)
 
-    def _busy_slots(self) -> list[asyncio.Task[None]]:
-        return [slot for slot, run in self._slots.items() if run is not None] or list(self._slots)
+    def _hand_back(self, assigned: TaskAssigned) -> None:
+        """Not run here: another worker may have it at once."""
+        declined = TaskDeclined(
+            id=assigned.id,
+            attempt=assigned.attempt,
+            incarnation=assigned.incarnation,
+            reason="the worker leaves",
+        )
+        self._writer.say(declined)
 
     # Reading ---------------------------------------------------------------------------
 
@@ -212,13 +223,17 @@ class Worker:
                 self._on_other(item, message.seq)
 
     def _on_assigned(self, assigned: TaskAssigned) -> None:
-        if assigned.incarnation != self._incarnation or self._draining:
+        if assigned.incarnation != self._incarnation:
+            return
+        if self._draining:
+            self._hand_back(assigned)
             return
         self._queue.append(assigned)
-        if self._idle:
+        while self._idle:
             waiter = self._idle.popleft()
-            if not waiter.done():
+            if not waiter.done():  # a slot that was ended waits no more
                 waiter.set_result(None)
+                return
 
     def _on_other(self, event: Event, seq: int) -> None:
         match event:
@@ -227,6 +242,7 @@ class Worker:
             case WorkerLost() if event.worker == self.config.name and event.incarnation == self._incarnation:
                 self._lost.set()
             case WorkerJoined() if seq > self._incarnation and event.instance != self._instance:
+                self._incarnation = 0  # whatever we hold is somebody else's now
                 message = f"another worker joined as {self.config.name!r}: give each worker a name of its own"
                 raise NameTaken(message)
             case _:
@@ -235,7 +251,8 @@ class Worker:
     def _stop(self, stop: TaskStop) -> None:
         run = self._running.get(stop.id)
         if run is not None and run.assigned.attempt == stop.attempt:
-            self._end_run(run, stop.reason or "stopped")
+            if not run.why:
+                self._end_run(run, stop.reason or "stopped")
             return
         for assigned in self._queue:
             if assigned.id == stop.id and assigned.attempt == stop.attempt:
@@ -274,21 +291,28 @@ class Worker:
             try:
                 await self._attempt(run)
             except asyncio.CancelledError:
-                if not run.why:
+                if run.over:
                     raise
-                me.uncancel()
-                self._report(run, failed(run, Failed("stopped", run.why)))
-            finally:
-                self._running.pop(run.assigned.id, None)
-                if me in self._slots:
-                    self._slots[me] = None
-            if me not in self._slots:
+                why = Failed("stopped", run.why) if run.why else Failed("error", "it cancelled its own slot")
+                self._report(run, failed(run, why))
+            if not self._free(me, run):
                 return
             if contextvars.copy_context() != clean:
                 # The function left something in its context: nothing of one task may reach another.
                 self._slots.pop(me, None)
                 self._open_slot()
                 return
+
+    def _free(self, slot: asyncio.Task[None], run: Run) -> bool:
+        """The attempt is over. False if the slot was given up meanwhile."""
+        while slot.cancelling():
+            slot.uncancel()
+        if self._running.get(run.assigned.id) is run:
+            del self._running[run.assigned.id]
+        if slot not in self._slots:
+            return False
+        self._slots[slot] = None
+        return True
 
     async def _attempt(self, run: Run) -> None:
         if run.assigned.suspect:
@@ -306,29 +330,28 @@ class Worker:
         for slot, current in self._slots.items():
             if current is run:
                 slot.cancel()
-                asyncio.get_running_loop().call_later(GIVE_UP_S, self._give_up, slot, run)
+                asyncio.get_running_loop().call_later(_STOP_GRACE_S, self._give_up, slot, run)
 
     def _give_up(self, slot: asyncio.Task[None], run: Run) -> None:
-        """The function ignores its cancellation: another slot takes over, this one ends when it does."""
+        """A coroutine that does not heed its cancellation goes on outside of the slots, for nobody."""
         if self._slots.get(slot) is not run:
             return
-        _log.warning("a task ignores that it was stopped", task=run.assigned.id)
+        _log.warning("a task ignores its cancellation", task=run.assigned.id)
+        self._report(run, failed(run, Failed("stopped", run.why)))
         del self._slots[slot]
         self._running.pop(run.assigned.id, None)
-        self._report(run, failed(run, Failed("stopped", run.why)))
         self._open_slot()
 
     async def _end_slots(self, why: str) -> None:
-        slots = list(self._slots)
-        for slot in slots:
-            run = self._slots.get(slot)
+        slots, self._slots = self._slots, {}
+        for slot, run in slots.items():
             if run is not None:
-                run.why = ""
                 self._report(run, failed(run, Failed("stopped", why)))
             slot.cancel()
         if slots:
-            await asyncio.wait(slots)
-        self._slots.clear()
+            _, ignoring = await asyncio.wait(slots, timeout=_STOP_GRACE_S)
+            if ignoring:
+                _log.warning("tasks ignore their cancellation", count=len(ignoring))
         self._running.clear()
         self._idle.clear()
 
