@@ -39,8 +39,8 @@ class _Entry(NamedTuple):
 COMMANDS: Final = (
     _Entry("up", "up", RUN, "Start NATS, a master and workers on this machine."),
     _Entry("run", "run", RUN, "Run a workflow file and show how it goes."),
-    _Entry("master", "nodes", RUN, "Start a master: it leads the namespace, or stands by."),
-    _Entry("worker", "nodes", RUN, "Start a worker: it runs tasks."),
+    _Entry("master", "master", RUN, "Start a master: it leads the namespace, or stands by."),
+    _Entry("worker", "worker", RUN, "Start a worker: it runs tasks."),
     _Entry("submit", "submit", CHANGE, "Hand over a task or a workflow."),
     _Entry("cancel", "requests", CHANGE, "Ask for a task or workflow to be stopped."),
     _Entry("reprioritize", "requests", CHANGE, "Give a waiting task another priority."),

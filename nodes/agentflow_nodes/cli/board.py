@@ -15,7 +15,6 @@ from rich.text import Text
 
 from agentflow.domain.life import FINAL, State
 from agentflow_nodes.cli.output import DIM, MARKS, STYLES, clean, console, duration, plain
-from agentflow_nodes.cli.summary import headline
 from agentflow_nodes.cli.tasks import attempts_text, shown_error
 from agentflow_projections.history import TaskRow, WorkflowRow
 
@@ -150,7 +149,8 @@ class LiveBoard:
         bar.add_row(
             ProgressBar(total=len(row.tasks), completed=done, width=_BAR_WIDTH, complete_style="green"),
             Text(f"{done}/{len(row.tasks)}"),
-            headline(row, now_ms),
+            plain(row.name or row.id, "bold"),
+            Text(duration(now_ms - row.submitted_ms), style=DIM),
         )
         return Group(self._tasks(row, now_ms), Text(), bar)
 

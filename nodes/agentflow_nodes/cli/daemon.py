@@ -8,15 +8,22 @@ supervisor is killed.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Final, Protocol, Self
+from typing import Annotated, Any, Final, Protocol, Self
 
-from agentflow_nodes.cli.errors import CliError, Exit
+import typer
+
+from agentflow_nodes.cli.errors import CliError, Exit, classify
+from agentflow_nodes.cli.logs import Level
 from agentflow_nodes.cli.output import print_json, say
 
+Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
+
+_log: Final = logging.getLogger(__name__)
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -80,6 +87,15 @@ async def serve(node: Node, told: dict[str, Any], text: str, *, as_json: bool, s
 
     `told` is what a program reads when it is ready, `text` what a person does.
     """
+    try:
+        await _serve(node, told, text, as_json=as_json, supervised=supervised)
+    except Exception as error:
+        if classify(error) is None:
+            _log.exception("a bug ended the node")
+        raise
+
+
+async def _serve(node: Node, told: dict[str, Any], text: str, *, as_json: bool, supervised: bool) -> None:
     async with Stop() as stop, node:
         stop.ready()
         if supervised:
@@ -109,3 +125,13 @@ def _watch_supervisor(stop: Stop) -> None:
     if not os.read(0, 1):
         asyncio.get_running_loop().remove_reader(0)
         stop.ask()
+
+
+def default_name(role: str) -> str:
+    """A name nobody else on this machine has."""
+    return f"{role}-{os.uname().nodename.split('.')[0][:32]}-{os.getpid()}".replace(".", "-")
+
+
+def node_logs(*, debug: bool) -> Level:
+    """What a node logs."""
+    return "debug" if debug else "info"

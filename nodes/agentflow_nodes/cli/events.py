@@ -27,7 +27,7 @@ _ENDS: Final = {"task.failed": "red", "event.rejected": "red", "worker.lost": "r
 Filter = Callable[[LoggedEvent], bool]
 
 
-def events_command(  # noqa: PLR0917 - options
+def events_command(  # noqa: PLR0913, PLR0917 - options
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what happens from now.")] = False,
     task: Annotated[
         str, typer.Option("--task", metavar="ID", help="Only what is about this task or workflow.")

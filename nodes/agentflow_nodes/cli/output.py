@@ -54,7 +54,7 @@ MARKS: Final = {
     "running": "●",
     "completed": "✓",
     "failed": "✗",
-    "skipped": "-",
+    "skipped": "↷",
     "cancelled": "⊘",
 }
 DIM: Final = "bright_black"

@@ -16,7 +16,7 @@ from agentflow.domain.state import Namespace as Folded
 from agentflow.limits import PRIORITIES
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, duration, plain, print_json, table
-from agentflow_nodes.cli.session import Target, client_logs, load, open_log, run, target
+from agentflow_nodes.cli.session import Target, client_logs, load, now_ms, open_log, run, target
 
 _NAMES: Final = {number: name for name, number in PRIORITIES.items()}
 _HEAD: Final = 10
@@ -61,12 +61,13 @@ def queue_command(
 
 async def _queue(where: Target, head: int, *, as_json: bool) -> None:
     async with open_log(where) as log:
-        state = (await load(log, keep=lambda _: False)).state
+        history = await load(log, keep=lambda _: False)
+    state, now = history.state, now_ms(history)
     waiting = measure(state)
     if as_json:
-        print_json(_document(state, waiting, head))
+        print_json(_document(state, waiting, head, now))
     else:
-        _show(state, waiting, head)
+        _show(state, waiting, head, now)
 
 
 def measure(state: Folded) -> Waiting:
@@ -102,14 +103,14 @@ def _parked(state: Folded, lines: list[Line]) -> Iterator[Parked]:
             yield Parked(line.demand, line.size)
 
 
-def _show(state: Folded, waiting: Waiting, head: int) -> None:
+def _show(state: Folded, waiting: Waiting, head: int, now: int) -> None:
     out = console()
     out.print(_summary(state, waiting))
     if not state.queue.size:
         return
     made = table("priority", "ready", "oldest waits", right=("ready", "oldest waits"))
     for priority, count in waiting.by_priority.items():
-        oldest = state.clock_ms - waiting.oldest_ms.get(priority, state.clock_ms)
+        oldest = now - waiting.oldest_ms.get(priority, now)
         name = f"{_NAMES[priority]} {priority}" if priority in _NAMES else str(priority)
         made.add_row(name, str(count), duration(oldest))
     out.print(Text(), made, sep="\n")
@@ -117,7 +118,7 @@ def _show(state: Folded, waiting: Waiting, head: int) -> None:
         out.print(Text(), Text("These fit no worker:", style="yellow"), sep="\n")
         for parked in waiting.parked:
             out.print(plain(f"  {parked.count} that need {_described(parked.demand)}"))
-    _show_head(state, head)
+    _show_head(state, head, now)
 
 
 def _summary(state: Folded, waiting: Waiting) -> Text:
@@ -133,13 +134,13 @@ def _summary(state: Folded, waiting: Waiting) -> Text:
     return line.append(f"; {waiting.workers} worker{plural} with {waiting.slots} slots", style=DIM)
 
 
-def _show_head(state: Folded, head: int) -> None:
+def _show_head(state: Folded, head: int, now: int) -> None:
     tasks = state.queue.head(head, state.policy.ageing_per_s)
     if not tasks:
         return
     made = table("next", "priority", "waits", "runs", right=("priority", "waits"))
     for task in tasks:
-        waits = duration(state.clock_ms - task.ready_ms)
+        waits = duration(now - task.ready_ms)
         runs = task.terms.function or task.terms.shell.strip().partition("\n")[0] or "a program"
         made.add_row(plain(task.id), str(task.priority), waits, plain(runs, DIM))
     console().print(Text(), made, sep="\n")
@@ -155,7 +156,7 @@ def _described(demand: Demand) -> str:
     return ", ".join(parts) or "any worker"
 
 
-def _document(state: Folded, waiting: Waiting, head: int) -> dict[str, Any]:
+def _document(state: Folded, waiting: Waiting, head: int, now: int) -> dict[str, Any]:
     return {
         "seq": state.seq,
         "ready": state.queue.size,
@@ -167,13 +168,13 @@ def _document(state: Folded, waiting: Waiting, head: int) -> dict[str, Any]:
             {
                 "priority": priority,
                 "ready": count,
-                "oldest_wait_ms": state.clock_ms - waiting.oldest_ms.get(priority, state.clock_ms),
+                "oldest_wait_ms": now - waiting.oldest_ms.get(priority, now),
             }
             for priority, count in waiting.by_priority.items()
         ],
         "parked": [{"count": each.count, "needs": _described(each.demand)} for each in waiting.parked],
         "next": [
-            {"id": task.id, "priority": task.priority, "wait_ms": state.clock_ms - task.ready_ms}
+            {"id": task.id, "priority": task.priority, "wait_ms": now - task.ready_ms}
             for task in state.queue.head(head, state.policy.ageing_per_s)
         ],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Final, TypeVar
@@ -149,3 +150,8 @@ async def load(log: Log, *, keep: Keep | None = None) -> History:
         return await read_history(log, progress=tell, keep=keep)
     finally:
         bar.stop()
+
+
+def now_ms(history: History) -> int:
+    """Log time goes on while nothing is said; the reader's own clock tells how far."""
+    return max(history.now_ms, int(time.time() * 1000))

@@ -8,22 +8,25 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
+from rich.console import Group
 
 import agentflow
 from agentflow.client.outcome import Outcome
 from agentflow.events import Needs, Retry, TaskSubmitted
 from agentflow_nodes.cli.errors import CliError, Exit, usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats, parse_labels
-from agentflow_nodes.cli.output import print_json, print_lines, say
+from agentflow_nodes.cli.output import console, print_json, print_lines, say
 from agentflow_nodes.cli.requests import parse_priority
-from agentflow_nodes.cli.session import Target, client_logs, open_client, run, target
+from agentflow_nodes.cli.session import Target, client_logs, load, open_client, run, target
+from agentflow_nodes.cli.summary import FAILURES_MAX, failure
+from agentflow_nodes.cli.tasks import complete
 
 _WHAT = "What to run"
 _HOW = "How"
 _NEEDS = "What it needs"
 
 
-def submit_command(  # noqa: PLR0917 - options
+def submit_command(  # noqa: PLR0913, PLR0917 - options
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -202,17 +205,19 @@ def _parse_env(given: list[str]) -> dict[str, str]:
 async def _submit_task(where: Target, event: TaskSubmitted, *, wait: bool, as_json: bool) -> None:
     async with open_client(where) as client:
         handle = await client.submit_task(event)
-        await _told(handle, "task", wait=wait, as_json=as_json)
+        await _told(client, handle, "task", wait=wait, as_json=as_json)
 
 
 async def _submit_workflow(where: Target, path: Path, *, wait: bool, as_json: bool) -> None:
     workflow = agentflow.load_workflow(path)
     async with open_client(where) as client:
         handle = await client.submit_workflow(workflow)
-        await _told(handle, "workflow", wait=wait, as_json=as_json)
+        await _told(client, handle, "workflow", wait=wait, as_json=as_json)
 
 
-async def _told(handle: agentflow.Handle[Any], kind: str, *, wait: bool, as_json: bool) -> None:
+async def _told(
+    client: agentflow.Client, handle: agentflow.Handle[Any], kind: str, *, wait: bool, as_json: bool
+) -> None:
     """Print the id, or wait and print the result."""
     if not wait:
         if as_json:
@@ -227,7 +232,20 @@ async def _told(handle: agentflow.Handle[Any], kind: str, *, wait: bool, as_json
         print_json(_document(outcome, kind, result))
     elif outcome.state == "completed":
         print_lines(result if isinstance(result, str) else _pretty(result))
+    elif outcome.state == "failed" and outcome.seq:
+        await _show_output(client, outcome)
     _exit_by(outcome, quiet=as_json)
+
+
+async def _show_output(client: agentflow.Client, outcome: Outcome) -> None:
+    """Show what a failed task, or those of a failed workflow, wrote before."""
+    history = await load(client.log, keep=lambda key: key == outcome.id)
+    workflow = history.workflows.get(outcome.id)
+    rows = list(workflow.tasks.values()) if workflow is not None else [history.tasks[outcome.id]]
+    failed = [row for row in rows if row.state == "failed"][:FAILURES_MAX]
+    for row in failed:
+        await complete(client.log, row)
+        console(stderr=True).print(Group(*failure(row)))
 
 
 async def _result(handle: agentflow.Handle[Any], outcome: Outcome) -> Any:

@@ -45,7 +45,7 @@ def summary(row: WorkflowRow, results: dict[str, Any]) -> RenderableType:
         parts.append(Text(f"{len(rows) - len(shown[:ROWS_MAX])} more tasks", style=DIM))
     failed = [task for task in rows if task.state is State.FAILED]
     for task in failed[:FAILURES_MAX]:
-        parts += _failure(task)
+        parts += failure(task)
     if len(failed) > FAILURES_MAX:
         parts.append(Text(f"{len(failed) - FAILURES_MAX} more failed", style="red"))
     for task_id, value in results.items():
@@ -66,7 +66,8 @@ def headline(row: WorkflowRow, now_ms: int) -> Text:
     return line.append_text(counts)
 
 
-def _failure(task: TaskRow) -> list[RenderableType]:
+def failure(task: TaskRow) -> list[RenderableType]:
+    """Why a task failed, and the end of what its last attempt wrote."""
     line = Text.assemble(
         Text("✗ ", style="red"), plain(task.task_id, "bold"), plain(f"  {shown_error(task)}", "red")
     )

@@ -30,7 +30,7 @@ from agentflow_nodes.cli.output import (
     state_text,
     table,
 )
-from agentflow_nodes.cli.session import Target, client_logs, load, open_log, run, target
+from agentflow_nodes.cli.session import Target, client_logs, load, now_ms, open_log, run, target
 from agentflow_projections.history import Attempt, History, TaskRow
 
 _LIMIT: Final = 50
@@ -65,7 +65,7 @@ async def _task(where: Target, wanted: str, *, as_json: bool) -> None:
             raise not_found(_unknown(history, wanted))
         await complete(log, row)
     if as_json:
-        print_json(task_document(row, history.now_ms))
+        print_json(task_document(row, now_ms(history)))
     else:
         console().print(_described(row, history))
 
@@ -137,12 +137,12 @@ async def _tasks(where: Target, states: frozenset[str], workflow: str, limit: in
     shown = found[-limit:] if limit else found
     if as_json:
         for row in shown:
-            print_json(task_document(row, history.now_ms))
+            print_json(task_document(row, now_ms(history)))
         return
     if not shown:
         say("No such tasks." if history.tasks else "No tasks yet: 'agentflow submit' hands one over.", DIM)
         return
-    console().print(task_table(shown, history.now_ms))
+    console().print(task_table(shown, now_ms(history)))
     if len(shown) < len(found):
         say(f"the latest {len(shown)} of {len(found)}; --limit shows more", DIM)
 
@@ -171,7 +171,7 @@ def attempts_text(row: TaskRow) -> str:
 
 def shown_error(row: TaskRow) -> str:
     """Why a task failed; that it is an error goes without saying."""
-    return row.error.removeprefix("error: ")
+    return row.error.removeprefix("error: ").replace(f"{row.workflow}/", "" if row.workflow else "/")
 
 
 def shown_work(row: TaskRow) -> str:
@@ -187,7 +187,7 @@ def shown_work(row: TaskRow) -> str:
 def _described(row: TaskRow, history: History) -> RenderableType:
     parts: list[RenderableType] = [_headline(row), Padding(_facts(row, history), (0, 0, 0, 2), expand=False)]
     if row.attempts:
-        parts += [Text(), Padding(_attempt_table(row, history.now_ms), (0, 0, 0, 2), expand=False)]
+        parts += [Text(), Padding(_attempt_table(row, now_ms(history)), (0, 0, 0, 2), expand=False)]
     last = row.attempts[-1] if row.attempts else None
     if last is not None:
         for name, text in (("stdout", last.stdout), ("stderr", last.stderr), ("traceback", last.traceback)):
@@ -208,7 +208,7 @@ def _facts(row: TaskRow, history: History) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style=DIM)
     grid.add_column(overflow="fold")
-    now_ms = history.now_ms
+    now = now_ms(history)
     for name, value in (
         ("runs", f"{row.runs_kind} {shown_work(row)}"),
         ("error", shown_error(row)),
@@ -217,8 +217,8 @@ def _facts(row: TaskRow, history: History) -> Table:
         ("depends on", ", ".join(row.dependencies)),
         ("priority", str(row.priority)),
         ("submitted", f"{moment(row.submitted_ms)} by {row.client}, at {row.seq}.{row.index}"),
-        ("waited", duration(row.wait_ms(now_ms))),
-        ("ran", duration(row.run_ms(now_ms))),
+        ("waited", duration(row.wait_ms(now))),
+        ("ran", duration(row.run_ms(now))),
     ):
         if value:
             grid.add_row(name, plain(value))
@@ -227,7 +227,7 @@ def _facts(row: TaskRow, history: History) -> Table:
 
 def _why_waiting(row: TaskRow, history: History) -> str:
     if row.state is State.PENDING and row.due_ms:
-        return f"tried again in {duration(max(0, row.due_ms - history.now_ms))}"
+        return f"tried again in {duration(max(0, row.due_ms - now_ms(history)))}"
     if row.state is State.PENDING:
         open_ones = [each for each in row.dependencies if not _is_final(history, row, each)]
         return f"waits for {', '.join(open_ones)}"

@@ -19,7 +19,7 @@ from agentflow_nodes.cli.session import run, target
 _PORT: Final = 4222
 
 
-def up_command(  # noqa: PLR0917 - options
+def up_command(  # noqa: PLR0913, PLR0917 - options
     data_dir: Annotated[
         Path, typer.Option("--data-dir", help="Where the log is kept. It survives a restart.")
     ] = Path(".agentflow"),

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, duration, plain, print_json, say, state_text, table
-from agentflow_nodes.cli.session import Target, client_logs, load, open_log, run, target
+from agentflow_nodes.cli.session import Target, client_logs, load, now_ms, open_log, run, target
 from agentflow_projections.history import WorkerRow, WorkerState
 
 _GONE = (WorkerState.LOST, WorkerState.LEFT)
@@ -43,7 +43,7 @@ async def _workers(where: Target, *, everyone: bool, as_json: bool) -> None:
             print_json(worker_document(row))
         return
     if shown:
-        console().print(_table(shown, history.now_ms))
+        console().print(_table(shown, now_ms(history)))
     else:
         gone = f"; {len(rows)} were here before (--all)" if rows else ""
         say(f"No worker is there{gone}: start one with 'agentflow worker'.", DIM)

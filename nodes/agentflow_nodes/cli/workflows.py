@@ -12,7 +12,7 @@ from agentflow.domain import dag
 from agentflow_nodes.cli.errors import not_found
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, duration, plain, print_json, state_text
-from agentflow_nodes.cli.session import Target, client_logs, load, open_log, run, target
+from agentflow_nodes.cli.session import Target, client_logs, load, now_ms, open_log, run, target
 from agentflow_nodes.cli.summary import headline
 from agentflow_nodes.cli.tasks import attempts_text, shown_error, task_document
 from agentflow_projections.history import TaskRow, WorkflowRow
@@ -46,9 +46,9 @@ async def _workflow(where: Target, wanted: str, *, as_json: bool) -> None:
             raise not_found(f"{wanted!r} is a task: see 'agentflow task {wanted}'")
         raise not_found(f"no workflow is called {wanted!r}")
     if as_json:
-        print_json(workflow_document(row, history.now_ms))
+        print_json(workflow_document(row, now_ms(history)))
     else:
-        console().print(workflow_tree(row, history.now_ms))
+        console().print(workflow_tree(row, now_ms(history)))
 
 
 def workflow_tree(row: WorkflowRow, now_ms: int) -> Tree:

@@ -1,4 +1,4 @@
-"""`agentflow master` and `agentflow worker`: the nodes of a cluster, one process each."""
+"""`agentflow worker`."""
 
 from __future__ import annotations
 
@@ -9,74 +9,17 @@ from typing import Annotated, Final
 import psutil
 import typer
 
-from agentflow.checks import STRATEGIES
-from agentflow.events import Policy
 from agentflow_nodes.apps import load_app
-from agentflow_nodes.cli.daemon import serve
-from agentflow_nodes.cli.errors import usage
-from agentflow_nodes.cli.logs import Level
+from agentflow_nodes.cli.daemon import Supervised, default_name, node_logs, serve
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats, default_slots, parse_labels
 from agentflow_nodes.cli.session import run, target
-from agentflow_nodes.master.node import Master, MasterConfig
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
 
 _MB: Final = 1 << 20
 
-Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
-
-def default_name(role: str) -> str:
-    """A name nobody else on this machine has."""
-    return f"{role}-{os.uname().nodename.split('.')[0][:32]}-{os.getpid()}".replace(".", "-")
-
-
-def master_command(  # noqa: PLR0917 - options
-    name: Annotated[
-        str, typer.Option("--name", help="Its name; by default one with host and process id.")
-    ] = "",
-    strategy: Annotated[
-        str, typer.Option("--strategy", help=f"How it places tasks: {', '.join(STRATEGIES)}.")
-    ] = STRATEGIES[0],
-    lease_ttl_s: Annotated[
-        int, typer.Option("--lease-ttl-s", min=1, help="How soon another master may take over, seconds.")
-    ] = 3,
-    worker_ttl_s: Annotated[
-        float, typer.Option("--worker-ttl-s", min=1.0, help="A worker silent for so long is lost, seconds.")
-    ] = 5.0,
-    nats: Nats = None,
-    namespace: Namespace = "default",
-    as_json: Json = False,
-    debug: Debug = False,
-    supervised: Supervised = False,
-) -> None:
-    """Start a master: it leads the namespace, or stands by.
-
-    One master leads, any number stand by and take over when it ends. Stop it with Ctrl-C
-    or SIGTERM.
-
-    For example:
-
-        agentflow master
-        agentflow master --nats nats://10.0.0.5:4222 --strategy bin_packing
-    """
-    where = target(nats, namespace)
-    if strategy not in STRATEGIES:
-        raise usage(f"--strategy: expected one of {', '.join(STRATEGIES)}; found {strategy!r}")
-    config = MasterConfig(
-        url=where.url,
-        namespace=namespace,
-        name=name or default_name("master"),
-        lease_ttl_s=lease_ttl_s,
-        worker_ttl_s=worker_ttl_s,
-        policy=Policy(strategy=strategy),
-    )
-    told = {"node": "master", "name": config.name, "url": where.url, "namespace": namespace}
-    text = f"Master {config.name} is ready on {where.url}, namespace {namespace}."
-    run(serve(Master(config), told, text, as_json=as_json, supervised=supervised), logs=_level(debug=debug))
-
-
-def worker_command(  # noqa: PLR0917 - options
+def worker_command(  # noqa: PLR0913, PLR0917 - options
     app: Annotated[
         list[str] | None,
         typer.Option(
@@ -162,8 +105,4 @@ def worker_command(  # noqa: PLR0917 - options
     }
     functions = ", ".join(sorted(worker.functions)) or "none"
     text = f"Worker {config.name} is ready on {where.url}: {config.slots} slots, functions: {functions}."
-    run(serve(worker, told, text, as_json=as_json, supervised=supervised), logs=_level(debug=debug))
-
-
-def _level(*, debug: bool) -> Level:
-    return "debug" if debug else "info"
+    run(serve(worker, told, text, as_json=as_json, supervised=supervised), logs=node_logs(debug=debug))

@@ -1,0 +1,62 @@
+"""`agentflow master`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from agentflow.checks import STRATEGIES
+from agentflow.events import Policy
+from agentflow_nodes.cli.daemon import Supervised, default_name, node_logs, serve
+from agentflow_nodes.cli.errors import usage
+from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
+from agentflow_nodes.cli.session import run, target
+from agentflow_nodes.master.node import Master, MasterConfig
+
+
+def master_command(  # noqa: PLR0913, PLR0917 - options
+    name: Annotated[
+        str, typer.Option("--name", help="Its name; by default one with host and process id.")
+    ] = "",
+    strategy: Annotated[
+        str, typer.Option("--strategy", help=f"How it places tasks: {', '.join(STRATEGIES)}.")
+    ] = STRATEGIES[0],
+    lease_ttl_s: Annotated[
+        int, typer.Option("--lease-ttl-s", min=1, help="How soon another master may take over, seconds.")
+    ] = 3,
+    worker_ttl_s: Annotated[
+        float, typer.Option("--worker-ttl-s", min=1.0, help="A worker silent for so long is lost, seconds.")
+    ] = 5.0,
+    nats: Nats = None,
+    namespace: Namespace = "default",
+    as_json: Json = False,
+    debug: Debug = False,
+    supervised: Supervised = False,
+) -> None:
+    """Start a master: it leads the namespace, or stands by.
+
+    One master leads, any number stand by and take over when it ends. Stop it with Ctrl-C
+    or SIGTERM.
+
+    For example:
+
+        agentflow master
+        agentflow master --nats nats://10.0.0.5:4222 --strategy bin_packing
+    """
+    where = target(nats, namespace)
+    if strategy not in STRATEGIES:
+        raise usage(f"--strategy: expected one of {', '.join(STRATEGIES)}; found {strategy!r}")
+    config = MasterConfig(
+        url=where.url,
+        namespace=namespace,
+        name=name or default_name("master"),
+        lease_ttl_s=lease_ttl_s,
+        worker_ttl_s=worker_ttl_s,
+        policy=Policy(strategy=strategy),
+    )
+    told = {"node": "master", "name": config.name, "url": where.url, "namespace": namespace}
+    text = f"Master {config.name} is ready on {where.url}, namespace {namespace}."
+    run(
+        serve(Master(config), told, text, as_json=as_json, supervised=supervised), logs=node_logs(debug=debug)
+    )
