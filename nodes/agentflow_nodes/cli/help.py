@@ -5,7 +5,6 @@ Rich's boxed help would take longer to load than everything else that help needs
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -17,7 +16,7 @@ _INDENT: Final = " " * 4
 
 def verbatim_blocks(text: str) -> str:
     """Mark indented paragraphs to be printed as they are."""
-    paragraphs = inspect.cleandoc(text).split("\n\n")
+    paragraphs = text.split("\n\n")
     return "\n\n".join(_VERBATIM + part if part.startswith(_INDENT) else part for part in paragraphs)
 
 

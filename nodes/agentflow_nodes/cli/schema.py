@@ -72,7 +72,7 @@ def contract_of(kind: str) -> dict[str, Any]:
 
 def _described(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {
-        "subject": f"af.<namespace>.{kind}.<{_actor(kind)}>",
+        "subject": f"af.<namespace>.{kind}.{_actor(kind)}",
         "said_by": str(ROLES[kind]),
         "schema": schema,
     }
@@ -81,10 +81,10 @@ def _described(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
 def _actor(kind: str) -> str:
     """What stands last in the subject."""
     if kind == "leader.elected":
-        return f"always: {ELECTED_ACTOR}"
+        return ELECTED_ACTOR
     if kind in _ADDRESSED:
-        return "worker spoken to"
-    return {Role.CLIENT: "client", Role.LEADER: "master", Role.WORKER: "worker"}[ROLES[kind]]
+        return "<worker spoken to>"
+    return {Role.CLIENT: "<client>", Role.LEADER: "<master>", Role.WORKER: "<worker>"}[ROLES[kind]]
 
 
 def _limits() -> dict[str, Any]:
