@@ -30,13 +30,14 @@ _SAYS: Final = {
 }
 _TYPES: Final = {
     "str": "string",
+    "Integer": "integer",
     "int": "integer",
     "float": "number",
     "bool": "boolean",
     "Raw | UnsetType": "any JSON",
     "list[Any]": "array of any JSON",
     "dict[str, Any]": "object of any JSON",
-    "int | str": "integer or string",
+    "Integer | str": "integer or string",
 }
 _LIST: Final = re.compile(r"list\[(\w+)\]")
 _DICT: Final = re.compile(r"dict\[str, (\w+)\]")
