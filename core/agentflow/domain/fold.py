@@ -20,7 +20,7 @@ from msgspec import UNSET, Raw
 from agentflow import ids, wire
 from agentflow.checks import Bad, priority_of
 from agentflow.domain import policies, workflows
-from agentflow.domain.life import FINAL, State
+from agentflow.domain.life import FINAL, State, WorkflowState
 from agentflow.domain.state import (
     APPLIED,
     DUPLICATE,
@@ -33,6 +33,7 @@ from agentflow.domain.state import (
     Node,
     Result,
     Task,
+    Timer,
     Verdict,
     Worker,
 )
@@ -67,16 +68,20 @@ from agentflow.events import (
     WorkflowSubmitted,
 )
 from agentflow.frames import Judged
-from agentflow.limits import ANSWERS_MAX, FOLD_BYTES_MAX, ID_AHEAD_MS_MAX, OPEN_TASKS_MAX
+from agentflow.limits import (
+    ANSWERS_MAX,
+    EARLY_IDS_MAX,
+    FOLD_BYTES_MAX,
+    ID_AHEAD_MS_MAX,
+    OPEN_TASKS_MAX,
+    WORKFLOW_TASKS_MAX,
+)
 
 EXPECTATIONS_MAX: Final = 10_000
 """Functions and scripts whose run time is remembered."""
 
 TIMERS_MIN: Final = 1_024
 """Timers below this number are not worth cleaning up."""
-
-_NEWEST_STEP_MS: Final = 60_000
-"""How often the bound on ids from the future moves on."""
 
 
 def fold(state: Namespace, seq: int, time_ns: int, judged: Judged) -> list[Verdict]:
@@ -87,15 +92,8 @@ def fold(state: Namespace, seq: int, time_ns: int, judged: Judged) -> list[Verdi
     if seq <= state.seq:
         return []
     server_ms = time_ns // 1_000_000
-    if state.server_ms and server_ms > state.server_ms:
-        state.clock_ms += server_ms - state.server_ms
-    elif not state.server_ms:
-        state.clock_ms = server_ms
-    state.server_ms = server_ms
+    _advance_clock(state, server_ms)
     state.seq = seq
-    if server_ms > state.newest_ms - ID_AHEAD_MS_MAX + _NEWEST_STEP_MS:
-        state.newest_ms = server_ms + ID_AHEAD_MS_MAX
-        state.newest = ids.uuid7_prefix(state.newest_ms)
     if state.parts and (judged.kind not in _PARTS or seq != state.parts_seq + 1):
         state.parts.clear()
     at = At(seq, 0, server_ms, judged.actor)
@@ -104,60 +102,72 @@ def fold(state: Namespace, seq: int, time_ns: int, judged: Judged) -> list[Verdi
         return [_refuse(state, judged.role, judged.whole, at)]
     if judged.decision is not None:
         at.epoch = judged.decision.epoch
-    verdicts = []
+    verdicts: list[Verdict] = []
     for index, item in enumerate(judged.items):
         at.index = index
         if type(item) is Bad:
             verdicts.append(_refuse(state, judged.role, item, at))
             continue
-        verdict = evolve(state, item, at)  # type: ignore[arg-type]
+        verdict = evolve(state, item, at)  # type: ignore[arg-type] # mypy does not narrow by `type(...) is`
         if verdict is not APPLIED:
-            _count(state, verdict, item, at)
+            verdict = _not_applied(state, verdict, item, at)
         verdicts.append(verdict)
     return verdicts
+
+
+def _advance_clock(state: Namespace, server_ms: int) -> None:
+    if not state.seq:
+        state.clock_ms = server_ms
+    elif server_ms > state.server_ms:
+        state.clock_ms += server_ms - state.server_ms
+    state.server_ms = server_ms
+    state.latest_ms = max(state.latest_ms, server_ms)
 
 
 _PARTS: Final = frozenset({WorkflowPart.kind, WorkflowSubmitted.kind})
 
 
 def _refuse(state: Namespace, role: Role | None, bad: Bad, at: At) -> Verdict:
-    kind = Kind.REJECTED if role is Role.CLIENT else Kind.QUARANTINED
-    verdict = Verdict(kind, bad.reason, bad.detail)
-    if kind is Kind.REJECTED:
-        state.rejected += 1
-        _answer(state, verdict, bad.id, at)
-    else:
-        state.quarantined += 1
-    return verdict
+    if role is Role.CLIENT:
+        return _answered(state, _rejected(bad.reason, bad.detail), bad.id, at)
+    state.quarantined += 1
+    return Verdict(Kind.QUARANTINED, bad.reason, bad.detail)
 
 
-def _count(state: Namespace, verdict: Verdict, event: Any, at: At) -> None:
-    if verdict.kind is Kind.REJECTED:
-        state.rejected += 1
-        _answer(state, verdict, getattr(event, "id", ""), at)
-    elif verdict.kind is Kind.QUARANTINED:
-        state.quarantined += 1
-    elif verdict.kind is Kind.SUPERSEDED:
-        state.superseded += 1
+def _not_applied(state: Namespace, verdict: Verdict, event: Any, at: At) -> Verdict:
+    """Count it, answer it, and tell a client that waits."""
     if verdict.kind in _TOLD and isinstance(event, TaskSubmitted | WorkflowSubmitted) and event.notify:
         why = (str(verdict.reason), verdict.detail)
         state.ended.append(Ended(event.id, verdict.kind, at.actor, event.notify, at.seq, at.index, why))
+    if verdict.kind is Kind.REJECTED:
+        given_id = event.workflow if isinstance(event, WorkflowPart) else event.id
+        return _answered(state, verdict, given_id, at)
+    if verdict.kind is Kind.QUARANTINED:
+        state.quarantined += 1
+    elif verdict.kind is Kind.SUPERSEDED:
+        state.superseded += 1
+    return verdict
 
 
 _TOLD: Final = frozenset({Kind.REJECTED, Kind.DUPLICATE})
 """Verdicts on a submission of which its client is told."""
 
 
-def _answer(state: Namespace, verdict: Verdict, given_id: str, at: At) -> None:
-    if len(state.answers) < ANSWERS_MAX:
-        state.answers[at.seq, at.index] = EventRejected(
-            seq=at.seq,
-            index=at.index,
-            client=at.actor,
-            reason=str(verdict.reason),
-            detail=verdict.detail,
-            id=given_id,
-        )
+def _answered(state: Namespace, verdict: Verdict, given_id: str, at: At) -> Verdict:
+    """The rejection, to be answered; a quarantine if too many wait for their answer already."""
+    if len(state.answers) >= ANSWERS_MAX:
+        state.quarantined += 1
+        return Verdict(Kind.QUARANTINED, verdict.reason, verdict.detail)
+    state.rejected += 1
+    state.answers[at.seq, at.index] = EventRejected(
+        seq=at.seq,
+        index=at.index,
+        client=at.actor,
+        reason=str(verdict.reason),
+        detail=verdict.detail,
+        id=given_id,
+    )
+    return verdict
 
 
 def evolve(state: Namespace, event: Event, at: At) -> Verdict:  # noqa: C901, PLR0911, PLR0912 - it only routes
@@ -197,7 +207,7 @@ def evolve(state: Namespace, event: Event, at: At) -> Verdict:  # noqa: C901, PL
             return _decided(state, event, at)
 
 
-def _decided(state: Namespace, event: Any, at: At) -> Verdict:  # noqa: C901, PLR0911, PLR0912 - it only routes
+def _decided(state: Namespace, event: Any, at: At) -> Verdict:  # noqa: C901, PLR0911 - it only routes
     if at.epoch != state.epoch:
         return Verdict(Kind.SUPERSEDED, Reason.UNFENCED, f"epoch {at.epoch} decided while {state.epoch} led")
     match event:
@@ -265,6 +275,7 @@ def _known(state: Namespace, new_id: str, digest: int) -> Verdict | None:
         if known.digest == digest:
             return DUPLICATE
         return _rejected(Reason.CONFLICT, f"{new_id} was submitted before with another body")
+    # Compared as text first, since most are neither old nor ahead: that spares reading their time.
     if state.closed.oldest < new_id < state.newest:
         return None
     return _out_of_time(state, new_id)
@@ -272,21 +283,39 @@ def _known(state: Namespace, new_id: str, digest: int) -> Verdict | None:
 
 def _out_of_time(state: Namespace, new_id: str) -> Verdict | None:
     made_ms = ids.uuid7_time_ms(new_id)
-    if made_ms is None or state.closed.horizon_ms <= made_ms < state.newest_ms:
+    if made_ms is None:
         return None
-    if made_ms < state.newest_ms:
-        return _rejected(Reason.TOO_OLD, f"{new_id} is older than the ids remembered: was it accepted before?")
-    return _rejected(Reason.FROM_THE_FUTURE, f"{new_id} is from the future: is the client's clock right?")
+    if made_ms < state.closed.horizon_ms:
+        return _rejected(
+            Reason.TOO_OLD, f"{new_id} is older than the ids remembered: was it accepted before?"
+        )
+    if made_ms <= state.latest_ms:
+        state.newest = ids.uuid7_prefix(state.latest_ms + 1)
+        return None
+    if made_ms > state.latest_ms + ID_AHEAD_MS_MAX or len(state.closed.early) >= EARLY_IDS_MAX:
+        return _rejected(Reason.FROM_THE_FUTURE, f"{new_id} is from the future: is the client's clock right?")
+    state.closed.ahead_ms = max(state.closed.ahead_ms, made_ms)
+    return None
 
 
 def _workflow_part(state: Namespace, event: WorkflowPart, at: At) -> Verdict:
-    first = state.parts[0][1] if state.parts else event
-    if event.part != len(state.parts) or event.workflow != first.workflow:
+    if event.part != len(state.parts) or not _come_with(state, event.workflow, at):
         state.parts.clear()
-        return _rejected(Reason.BAD_VALUE, f"part {event.part} of {event.workflow} does not follow the part before it")
+        return _rejected(
+            Reason.BAD_VALUE, f"part {event.part} of {event.workflow} does not follow the part before it"
+        )
+    count = sum(len(part.tasks) for _, part in state.parts) + len(event.tasks)
+    if count > WORKFLOW_TASKS_MAX:
+        state.parts.clear()
+        return _rejected(Reason.TOO_LARGE, f"{count} tasks; a workflow has at most {WORKFLOW_TASKS_MAX}")
     state.parts.append((_copy(at), event))
     state.parts_seq = at.seq
     return APPLIED
+
+
+def _come_with(state: Namespace, workflow_id: str, at: At) -> bool:
+    """Whether the parts directly before, if any, are of that workflow and said by the same actor."""
+    return all(part.workflow == workflow_id and where.actor == at.actor for where, part in state.parts[:1])
 
 
 def _copy(at: At) -> At:
@@ -294,9 +323,12 @@ def _copy(at: At) -> At:
 
 
 def _workflow_submitted(state: Namespace, event: WorkflowSubmitted, at: At) -> Verdict:
+    belong = _come_with(state, event.id, at)
     parts, state.parts = state.parts, []
-    if event.parts != len(parts) or any(part.workflow != event.id for _, part in parts):
-        return _rejected(Reason.BAD_VALUE, f"{event.parts} parts announced, {len(parts)} came directly before")
+    if event.parts != len(parts) or not belong:
+        return _rejected(
+            Reason.BAD_VALUE, f"{event.parts} parts announced, {len(parts)} came directly before"
+        )
     submitted = [(where, task) for where, part in parts for task in part.tasks]
     submitted += [(at, task) for task in event.tasks]
     tasks = [task for _, task in submitted]
@@ -328,25 +360,33 @@ def _cancel_requested(state: Namespace, event: TaskCancelRequested, at: At) -> V
 
 
 def _request_cancel(state: Namespace, task: Task, reason: str) -> None:
+    """From here on it waits for nothing but the leader's confirmation."""
     task.cancel = reason
     state.cancels[task.id] = task
+    _leave_queue(state, task)
 
 
 def _workflow_cancel_requested(state: Namespace, event: WorkflowCancelRequested, at: At) -> Verdict:
     workflow = state.workflows.get(event.id)
     if workflow is None:
         return _not_open(state, event.id)
-    for task in workflow.tasks.values():
-        if task.state not in FINAL and task.cancel is None:
-            _request_cancel(state, task, event.reason or f"requested by {at.actor}")
-    return APPLIED
+    wanted = [task for task in workflow.tasks.values() if task.state not in FINAL and task.cancel is None]
+    for task in wanted:
+        _request_cancel(state, task, event.reason or f"requested by {at.actor}")
+    return APPLIED if wanted else DUPLICATE
 
 
 def _not_open(state: Namespace, wanted: str) -> Verdict:
-    status, _ = state.status(wanted)
-    if status == "unknown":
-        return _rejected(Reason.UNKNOWN_ID, f"no open task or workflow is called {wanted}")
-    return _rejected(Reason.CLOSED, f"{wanted} is {status} already")
+    known = state.tasks.get(wanted) or state.closed.get(wanted)
+    if known is not None and known.state in _ENDED:
+        return _rejected(Reason.CLOSED, f"{wanted} is {known.state} already")
+    if known is not None or wanted in state.workflows:
+        what, other = ("task", "workflow") if known is not None else ("workflow", "task")
+        return _rejected(Reason.UNKNOWN_ID, f"{wanted} is a {what}, no {other}")
+    return _rejected(Reason.UNKNOWN_ID, f"no open task or workflow is called {wanted}")
+
+
+_ENDED: Final = FINAL.union({WorkflowState.COMPLETED, WorkflowState.FAILED, WorkflowState.CANCELLED})
 
 
 def _reprioritized(state: Namespace, event: TaskReprioritized, _at: At) -> Verdict:
@@ -354,11 +394,16 @@ def _reprioritized(state: Namespace, event: TaskReprioritized, _at: At) -> Verdi
     if task is None or task.state in FINAL:
         return _not_open(state, event.id)
     if task.state is State.RUNNING:
-        return _rejected(Reason.CLOSED, f"{event.id} is {task.state}: only a waiting task can be reprioritized")
+        return _rejected(
+            Reason.CLOSED, f"{event.id} is {task.state}: only a waiting task can be reprioritized"
+        )
+    priority = priority_of(event.priority)
+    if priority == task.priority:
+        return DUPLICATE
     queued = task.ticket != 0
     if queued:
         state.queue.remove(task)
-    task.priority = priority_of(event.priority)
+    task.priority = priority
     if queued:
         state.queue.push(task)
     return APPLIED
@@ -369,7 +414,9 @@ def _reprioritized(state: Namespace, event: TaskReprioritized, _at: At) -> Verdi
 
 def _leader_elected(state: Namespace, event: LeaderElected, at: At) -> Verdict:
     if at.actor != wire.ELECTED_ACTOR or event.epoch != state.epoch + 1:
-        return Verdict(Kind.QUARANTINED, Reason.CONFLICT, f"epoch {event.epoch} does not follow {state.epoch}")
+        return Verdict(
+            Kind.QUARANTINED, Reason.CONFLICT, f"epoch {event.epoch} does not follow {state.epoch}"
+        )
     state.epoch = event.epoch
     state.leader = event.master
     state.elected_seq = at.seq
@@ -383,21 +430,21 @@ def _task_assigned(state: Namespace, event: TaskAssigned, at: At) -> Verdict:
         return SUPERSEDED
     if worker is None or worker.incarnation != event.incarnation:
         return SUPERSEDED
-    state.queue.remove(task)
+    if task.ticket:
+        state.queue.remove(task)
     task.state = State.RUNNING
     task.attempt = event.attempt
     task.worker = worker
     task.started = task.stopping = False
-    terms = task.terms
-    expected_us = state.expectations.get(terms.run_key, 0)
-    task.expected_us = expected_us
-    worker.expected_us += expected_us
+    task.quick_us = quick_us = state.quick_us(task)
+    worker.quick_us += quick_us
+    worker.slow += not quick_us
     worker.held[task.id] = task
     worker.assigned_seq = at.seq
     worker.suspects += task.suspect
     state.last_worker = worker.name
     state.running += 1
-    demand = terms.demand
+    demand = task.terms.demand
     if not demand.plain:
         worker.used_cpu += demand.cpu
         worker.used_memory_mb += demand.memory_mb
@@ -427,7 +474,7 @@ def _task_timed_out(state: Namespace, event: TaskTimedOut, at: At) -> Verdict:
     task = state.tasks.get(event.id)
     if task is None or task.state is not State.READY:
         return SUPERSEDED
-    state.queue.remove(task)
+    _leave_queue(state, task)
     task.error = "queue_timeout"
     _end(state, task, State.FAILED, at, event)
     return APPLIED
@@ -437,8 +484,7 @@ def _task_cancelled(state: Namespace, event: TaskCancelled, at: At) -> Verdict:
     task = state.tasks.get(event.id)
     if task is None or task.state not in _CANCELLABLE:
         return SUPERSEDED
-    if task.ticket:
-        state.queue.remove(task)
+    _leave_queue(state, task)
     _end(state, task, State.CANCELLED, at, event)
     return APPLIED
 
@@ -450,7 +496,7 @@ def _task_quarantined(state: Namespace, event: TaskQuarantined, at: At) -> Verdi
     task = state.tasks.get(event.id)
     if task is None or task.state is not State.READY:
         return SUPERSEDED
-    state.queue.remove(task)
+    _leave_queue(state, task)
     task.error = f"quarantined: {event.reason}"
     _end(state, task, State.FAILED, at, event)
     return APPLIED
@@ -513,9 +559,10 @@ def _lose(state: Namespace, worker: Worker) -> None:
     """The worker is dead: what it had certainly begun cost it a life, the rest is suspect."""
     _dismiss(state, worker)
     for task in _held_backwards(worker):
-        started = task.started
         _unassign(state, task)
-        task.losses += started
+        if task.started:
+            task.losses += 1
+            state.struck[task.id] = task
         task.suspect = True
         _requeue(state, task)
 
@@ -595,7 +642,10 @@ def _task_failed(state: Namespace, event: TaskFailed, at: At) -> Verdict:
         return APPLIED
     task.failures += 1
     task.error = f"{event.error}: {event.message}"[:FOLD_BYTES_MAX]
-    if task.cancel is None and policies.retries(task.terms.retry, task.failures, event.error, retryable=event.retryable):
+    spent = task.failures + task.losses
+    if task.cancel is None and policies.retries(
+        task.terms.retry, spent, event.error, retryable=event.retryable
+    ):
         _back_off(state, task)
     else:
         _end(state, task, State.FAILED, at, event)
@@ -613,8 +663,9 @@ def _task_declined(state: Namespace, event: TaskDeclined, at: At) -> Verdict:
     if isinstance(task, Verdict):
         return task
     _unassign(state, task)
-    if task.declined is None:
-        task.declined = {}
+    task.declined = {
+        incarnation: until for incarnation, until in (task.declined or {}).items() if until > state.clock_ms
+    }
     task.declined[event.incarnation] = state.clock_ms + state.policy.decline_ms
     _requeue(state, task)
     return APPLIED
@@ -631,13 +682,33 @@ def _node(task: Task) -> Node:
 def _ready(state: Namespace, task: Task) -> None:
     task.state = State.READY
     task.ready_ms = state.clock_ms
-    state.queue.push(task)
+    if task.cancel is None:
+        state.queue.push(task)
+        _set_deadline(state, task)
+
+
+def _requeue(state: Namespace, task: Task) -> None:
+    """Back to the front of its lane: it has waited before."""
+    task.state = State.READY
+    if task.cancel is None:
+        state.queue.push(task, front=True)
+        _set_deadline(state, task)
+    else:
+        state.cancels[task.id] = task
+
+
+def _leave_queue(state: Namespace, task: Task) -> None:
+    if task.ticket:
+        state.queue.remove(task)
+
+
+def _set_deadline(state: Namespace, task: Task) -> None:
     wait_ms = task.terms.queue_timeout_ms
-    if wait_ms and not task.attempt:
-        _set_timer(state, state.deadlines, state.clock_ms + wait_ms, task)
+    if wait_ms and task.awaits_first_start:
+        _set_timer(state, state.deadlines, task.ready_ms + wait_ms, task)
 
 
-def _set_timer(state: Namespace, timers: list[tuple[int, int, Task]], due_ms: int, task: Task) -> None:
+def _set_timer(state: Namespace, timers: list[Timer], due_ms: int, task: Task) -> None:
     """Timers of tasks that ended stay until they are due, unless they become the most."""
     state.order += 1
     heapq.heappush(timers, (due_ms, state.order, task))
@@ -646,25 +717,19 @@ def _set_timer(state: Namespace, timers: list[tuple[int, int, Task]], due_ms: in
         heapq.heapify(timers)
 
 
-def _requeue(state: Namespace, task: Task) -> None:
-    """Back to the front of its lane: it has waited before."""
-    task.state = State.READY
-    state.queue.push(task, front=True)
-    if task.cancel is not None:
-        state.cancels[task.id] = task
-
-
 def _unassign(state: Namespace, task: Task) -> None:
     worker = task.worker
     assert worker is not None
     task.worker = None
     state.running -= 1
     del worker.held[task.id]
-    worker.expected_us -= task.expected_us
+    worker.quick_us -= task.quick_us
+    worker.slow -= not task.quick_us
     worker.suspects -= task.suspect
     demand = task.terms.demand
     if not demand.plain:
-        worker.used_cpu -= demand.cpu
+        # Fractions do not add up exactly: what is left over must not pile up.
+        worker.used_cpu = worker.used_cpu - demand.cpu if worker.held else 0.0
         worker.used_memory_mb -= demand.memory_mb
         worker.used_gpus -= demand.gpus
 
@@ -686,10 +751,12 @@ def _end(state: Namespace, task: Task, final: State, at: At, event: Any) -> None
     task.suspect = False
     if task.cancel is not None:
         state.cancels.pop(task.id, None)
+    if task.losses:
+        state.struck.pop(task.id, None)
     if task.node is None:
         del state.tasks[task.id]
         terms = task.terms
-        state.closed.add(task.id, Closed(final, at.seq, at.index, task.digest), at.server_ms)
+        state.closed.add(task.id, Closed(final, at.seq, at.index, task.digest), state.latest_ms)
         if terms.notify:
             state.ended.append(Ended(task.id, final, terms.client, terms.notify, at.seq, at.index, event))
         release_terms(state, terms)
@@ -703,9 +770,9 @@ def _end(state: Namespace, task: Task, final: State, at: At, event: Any) -> None
             if not node.waiting and dependent.state is State.PENDING:
                 _ready(state, dependent)
     else:
-        _skip_dependents(state, task, at)
+        _skip_dependents(task, at)
     if not workflow.open:
-        _end_workflow(state, workflow.id, at, event)
+        _end_workflow(state, workflow.id, at)
 
 
 def _count_ended(workflow: Any, task: Task, at: At) -> None:
@@ -715,31 +782,34 @@ def _count_ended(workflow: Any, task: Task, at: At) -> None:
     workflow.counts[task.state] = workflow.counts.get(task.state, 0) + 1
 
 
-def _skip_dependents(state: Namespace, task: Task, at: At) -> None:
+def _skip_dependents(task: Task, at: At) -> None:
     waiting = list(_node(task).dependents)
     while waiting:
         dependent = waiting.pop()
-        if dependent.state is not State.PENDING:
-            continue
+        if dependent.state is not State.PENDING or dependent.cancel is not None:
+            continue  # what was asked to be cancelled ends with that being confirmed
         dependent.state = State.SKIPPED
         dependent.error = f"{task.id} ended {task.state}"
-        state.cancels.pop(dependent.id, None)
         _count_ended(_node(dependent).workflow, dependent, at)
         waiting += _node(dependent).dependents
 
 
-def _end_workflow(state: Namespace, workflow_id: str, at: At, event: Any) -> None:
+def _end_workflow(state: Namespace, workflow_id: str, at: At) -> None:
     workflow = state.workflows.pop(workflow_id)
     final = workflows.outcome(workflow.counts)
-    state.closed.add(workflow_id, Closed(final, at.seq, at.index, workflow.digest), at.server_ms)
-    ended = Ended(workflow_id, final, workflow.client, workflow.notify, at.seq, at.index, dict(workflow.counts))
+    state.closed.add(workflow_id, Closed(final, at.seq, at.index, workflow.digest), state.latest_ms)
+    ended = Ended(
+        workflow_id, final, workflow.client, workflow.notify, at.seq, at.index, dict(workflow.counts)
+    )
     state.announcements[workflow_id] = ended
     state.ended.append(ended)
     for task in workflow.tasks.values():
         del state.tasks[task.id]
         node = _node(task)
         assert isinstance(task.state, State)
-        state.closed.add(task.id, Closed(task.state, node.end_seq, node.end_index, task.digest), at.server_ms)
+        state.closed.add(
+            task.id, Closed(task.state, node.end_seq, node.end_index, task.digest), state.latest_ms
+        )
         release_terms(state, task.terms)
         node.dependents = []
         task.node = None

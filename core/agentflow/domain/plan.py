@@ -8,17 +8,17 @@ them back. The same state, time and observations give the same plan.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, takewhile
 from typing import Final
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from agentflow import wire
 from agentflow.domain import policies
 from agentflow.domain.life import State
-from agentflow.domain.policies import Room
-from agentflow.domain.queue import Line, rank
-from agentflow.domain.state import Namespace, Task
+from agentflow.domain.policies import Room, Turn
+from agentflow.domain.queue import Line, Rank, rank
+from agentflow.domain.state import Namespace, Result, Task, Timer
 from agentflow.events import (
     Event,
     Input,
@@ -31,7 +31,8 @@ from agentflow.events import (
     WorkerLost,
     WorkflowCompleted,
 )
-from agentflow.limits import FOLD_BYTES_MAX
+from agentflow.frames import nesting
+from agentflow.limits import FOLD_BYTES_MAX, INPUT_DEPTH_MAX
 
 DECISIONS_MAX: Final = 4_000
 """Most decisions of one kind in one plan: a plan must not keep the leader from reading."""
@@ -56,8 +57,6 @@ class Plan(Struct, frozen=True):
     """Events to write, by kind and by the actor in their subject."""
     wake_ms: int | None
     """Log time at which to look again even if nothing happens."""
-    more: bool = False
-    """There was more to decide than one plan holds."""
 
     def __bool__(self) -> bool:
         return bool(self.decisions)
@@ -65,107 +64,121 @@ class Plan(Struct, frozen=True):
 
 def plan(state: Namespace, now_ms: int, silences: Sequence[Silence] = ()) -> Plan:
     """What the leader does at log time `now_ms`."""
-    decisions: dict[tuple[str, str], list[Event]] = {}
-    leader = state.leader
-    touched: set[str] = set()
-    _add(decisions, WorkerLost.kind, leader, list(_lost(state, silences)))
-    for kind, actor, event in _cancels(state, touched):
-        decisions.setdefault((kind, actor), []).append(event)
-    _add(decisions, TaskTimedOut.kind, leader, list(_timed_out(state, now_ms, touched)))
-    _add(decisions, TaskRetried.kind, leader, list(_retried(state, now_ms, touched)))
-    _add(decisions, TaskQuarantined.kind, leader, list(_quarantined(state, touched)))
-    _add(decisions, "event.rejected", leader, list(state.answers.values())[:DECISIONS_MAX])
-    _add(decisions, WorkflowCompleted.kind, leader, list(_announced(state)))
+    draft = _Draft(state, now_ms)
+    _lose(draft, silences)
+    _cancel(draft)
+    _time_out(draft)
+    _retry(draft)
+    _quarantine(draft)
+    _answer(draft)
+    _announce(draft)
     if state.queue.size:
-        _assign(state, now_ms, touched, decisions)
-    more = any(len(events) >= DECISIONS_MAX for events in decisions.values())
-    return Plan(decisions, _wake_ms(state, now_ms), more)
+        _assign(draft)
+    return Plan(draft.decisions, _wake_ms(state, now_ms))
 
 
-def _add(decisions: dict[tuple[str, str], list[Event]], kind: str, actor: str, events: list[Event]) -> None:
-    if events:
-        decisions[kind, actor] = events
+class _Draft:
+    """A plan in the making."""
+
+    __slots__ = ("decisions", "lost", "now_ms", "state", "touched")
+
+    def __init__(self, state: Namespace, now_ms: int) -> None:
+        self.state = state
+        self.now_ms = now_ms
+        self.decisions: dict[tuple[str, str], list[Event]] = {}
+        self.touched: set[str] = set()
+        """Tasks that something else was decided about."""
+        self.lost: set[str] = set()
+        """Workers given up, which get nothing more."""
+
+    def say(self, event: Event, actor: str) -> None:
+        """Decide something. `actor` is the worker spoken to, or the leader."""
+        key = (event.kind, actor)
+        events = self.decisions.get(key)
+        if events is None:
+            self.decisions[key] = [event]
+        else:
+            events.append(event)
 
 
-def _lost(state: Namespace, silences: Sequence[Silence]) -> Iterator[WorkerLost]:
+def _lose(draft: _Draft, silences: Sequence[Silence]) -> None:
     for silence in silences:
-        worker = state.workers.get(silence.worker)
-        if worker is not None and worker.incarnation == silence.incarnation:
-            yield WorkerLost(worker=silence.worker, incarnation=silence.incarnation, reason=silence.reason)
+        worker = draft.state.workers.get(silence.worker)
+        if worker is not None and worker.incarnation == silence.incarnation and worker.name not in draft.lost:
+            draft.lost.add(worker.name)
+            lost = WorkerLost(worker=worker.name, incarnation=worker.incarnation, reason=silence.reason)
+            draft.say(lost, draft.state.leader)
 
 
-def _cancels(state: Namespace, touched: set[str]) -> Iterator[tuple[str, str, Event]]:
-    for task in list(state.cancels.values())[:DECISIONS_MAX]:
+def _cancel(draft: _Draft) -> None:
+    """Confirm what can end at once; ask workers to stop the rest."""
+    for task in islice(draft.state.cancels.values(), DECISIONS_MAX):
         reason = task.cancel or ""
-        if task.state in (State.PENDING, State.READY):
-            touched.add(task.id)
-            yield TaskCancelled.kind, state.leader, TaskCancelled(id=task.id, reason=reason)
-        elif task.worker is not None and not task.stopping:
-            touched.add(task.id)
-            incarnation = task.worker.incarnation
+        worker = task.worker
+        if worker is None:
+            draft.say(TaskCancelled(id=task.id, reason=reason), draft.state.leader)
+        else:
+            incarnation = worker.incarnation
             stop = TaskStop(id=task.id, attempt=task.attempt, incarnation=incarnation, reason=reason)
-            yield TaskStop.kind, task.worker.name, stop
+            draft.say(stop, worker.name)
 
 
-def _due(timers: list[tuple[int, int, Task]], now_ms: int) -> Iterator[tuple[int, Task]]:
-    """Timers due by now, without taking them off their heap."""
-    waiting = [0] if timers else []
-    while waiting:
-        place = waiting.pop()
-        due_ms, _, task = timers[place]
-        if due_ms > now_ms:
-            continue
-        yield due_ms, task
-        waiting += [child for child in (2 * place + 1, 2 * place + 2) if child < len(timers)]
+def _time_out(draft: _Draft) -> None:
+    for task in _due(draft, draft.state.deadlines, _still_waits):
+        draft.say(TaskTimedOut(id=task.id), draft.state.leader)
 
 
-def _timed_out(state: Namespace, now_ms: int, touched: set[str]) -> Iterator[TaskTimedOut]:
-    _drop_passed(state.deadlines, _still_waits)
-    for _, task in _due(state.deadlines, now_ms):
-        if _still_waits(0, task) and task.id not in touched and len(touched) < DECISIONS_MAX:
-            touched.add(task.id)
-            yield TaskTimedOut(id=task.id)
+def _still_waits(task: Task, _due_ms: int) -> bool:
+    return task.awaits_first_start
 
 
-def _still_waits(_due_ms: int, task: Task) -> bool:
-    return task.state is State.READY and not task.attempt
+def _retry(draft: _Draft) -> None:
+    for task in _due(draft, draft.state.backoffs, Task.backs_off_until):
+        draft.say(TaskRetried(id=task.id, attempt=task.attempt), draft.state.leader)
 
 
-def _retried(state: Namespace, now_ms: int, touched: set[str]) -> Iterator[TaskRetried]:
-    _drop_passed(state.backoffs, _still_backs_off)
-    for due_ms, task in _due(state.backoffs, now_ms):
-        if _still_backs_off(due_ms, task) and task.id not in touched and len(touched) < DECISIONS_MAX:
-            touched.add(task.id)
-            yield TaskRetried(id=task.id, attempt=task.attempt)
-
-
-def _still_backs_off(due_ms: int, task: Task) -> bool:
-    return task.state is State.PENDING and task.due_ms == due_ms
-
-
-def _drop_passed(timers: list[tuple[int, int, Task]], counts: object) -> None:
-    """Take off the heap what no longer counts; it is an index, not part of the state."""
-    assert callable(counts)
-    while timers and not counts(timers[0][0], timers[0][2]):
+def _due(draft: _Draft, timers: list[Timer], counts: Callable[[Task, int], bool]) -> Iterator[Task]:
+    """Tasks whose timers are due and still count, earliest first."""
+    # The heap is an index, not part of the state: what no longer counts may leave it.
+    while timers and not counts(timers[0][2], timers[0][0]):
         heapq.heappop(timers)
+    due = takewhile(lambda timer: timer[0] <= draft.now_ms, _in_order(timers))
+    counting = (task for due_ms, _, task in due if counts(task, due_ms))
+    for task in islice(counting, DECISIONS_MAX):
+        if task.id not in draft.touched:
+            draft.touched.add(task.id)
+            yield task
 
 
-def _quarantined(state: Namespace, touched: set[str]) -> Iterator[TaskQuarantined]:
-    """Tasks that cost too many workers their lives. Only suspects can be among them."""
-    for line in state.queue.all_waiting():
-        if not line.suspect:
-            continue
-        for task in line.tasks(state.policy.ageing_per_s):
-            if task.losses >= state.policy.losses_max and task.id not in touched:
-                touched.add(task.id)
-                detail = f"{task.losses} workers were lost while they ran it"
-                yield TaskQuarantined(id=task.id, reason="losses", detail=detail)
+def _in_order(timers: list[Timer]) -> Iterator[Timer]:
+    """The entries of a heap, sorted, without taking them off it."""
+    places = [(timers[0][:2], 0)] if timers else []
+    while places:
+        _, place = heapq.heappop(places)
+        yield timers[place]
+        for child in range(2 * place + 1, min(2 * place + 3, len(timers))):
+            heapq.heappush(places, (timers[child][:2], child))
 
 
-def _announced(state: Namespace) -> Iterator[WorkflowCompleted]:
-    for ended in list(state.announcements.values())[:DECISIONS_MAX]:
+def _quarantine(draft: _Draft) -> None:
+    """Give up tasks that cost too many workers their lives."""
+    losses_max = draft.state.policy.losses_max
+    for task in draft.state.struck.values():
+        if task.losses >= losses_max and task.state is State.READY and task.cancel is None:
+            draft.touched.add(task.id)
+            detail = f"{task.losses} workers were lost while they ran it"
+            draft.say(TaskQuarantined(id=task.id, reason="losses", detail=detail), draft.state.leader)
+
+
+def _answer(draft: _Draft) -> None:
+    for answer in islice(draft.state.answers.values(), DECISIONS_MAX):
+        draft.say(answer, draft.state.leader)
+
+
+def _announce(draft: _Draft) -> None:
+    for ended in islice(draft.state.announcements.values(), DECISIONS_MAX):
         counts = {str(key): count for key, count in ended.event.items()}
-        yield WorkflowCompleted(id=ended.id, state=str(ended.state), **counts)
+        draft.say(WorkflowCompleted(id=ended.id, state=str(ended.state), **counts), draft.state.leader)
 
 
 def _wake_ms(state: Namespace, now_ms: int) -> int | None:
@@ -177,8 +190,8 @@ def _wake_ms(state: Namespace, now_ms: int) -> int | None:
 
 def _declines_end(state: Namespace) -> Iterator[int]:
     for line in state.queue.waiting.values():
-        for count, task in enumerate(line.tasks(state.policy.ageing_per_s)):
-            if task.declined is None or count > LOOKAHEAD_MAX:
+        for task in islice(line.tasks(state.policy.ageing_per_s), LOOKAHEAD_MAX):
+            if task.declined is None:
                 break
             yield from task.declined.values()
 
@@ -186,111 +199,51 @@ def _declines_end(state: Namespace) -> Iterator[int]:
 # Placement ---------------------------------------------------------------------------
 
 
-class _Candidate:
-    """A line on its way through one plan."""
-
-    __slots__ = ("expected_us", "line", "next", "passed", "strategy", "tasks")
-
-    def __init__(self, state: Namespace, line: Line, rooms: Sequence[Room]) -> None:
-        self.line = line
-        self.tasks = line.tasks(state.policy.ageing_per_s)
-        self.next = next(self.tasks)
-        self.expected_us = state.expectations.get(self.next.terms.run_key, 0)
-        self.strategy = policies.strategy(state.policy, rooms, line, self.expected_us, state.last_worker)
-        self.passed = 0
-
-    def advance(self) -> bool:
-        found = next(self.tasks, None)
-        if found is None:
-            return False
-        self.next = found
-        return True
-
-
-def _assign(
-    state: Namespace, now_ms: int, touched: set[str], decisions: dict[tuple[str, str], list[Event]]
-) -> None:
-    rooms = _rooms(state)
-    if not rooms:
-        return
-    ageing = state.policy.ageing_per_s
-    heap: list[tuple[tuple[float, int], _Candidate]] = []
-    for line in _open_lines(state):
-        candidate = _Candidate(state, line, [rooms[worker.name] for worker in line.eligible])
-        heap.append((rank(candidate.next, ageing), candidate))
-    heapq.heapify(heap)
-    assigned = 0
-    while heap and assigned < DECISIONS_MAX:
+def _assign(draft: _Draft) -> None:
+    """Serve the lines, the one with the best task first, until nothing more has room."""
+    heap = _candidates(draft)
+    left = DECISIONS_MAX
+    while heap and left:
         candidate = heap[0][1]
         # While no other line can come first, the heap need not be asked again.
         limit = min((entry[0] for entry in heap[1:3]), default=None)
-        while assigned < DECISIONS_MAX:
-            task = candidate.next
-            took = _place(state, candidate, now_ms, touched, decisions)
-            if took is None or not candidate.advance():
-                heapq.heappop(heap)
-                break
-            assigned += took
-            if limit is not None and rank(candidate.next, ageing) > limit:
-                heapq.heapreplace(heap, (rank(candidate.next, ageing), candidate))
-                break
-            del task
+        left -= candidate.serve(draft, limit, left)
+        if candidate.next is None:
+            heapq.heappop(heap)
+        else:
+            heapq.heapreplace(heap, (candidate.rank, candidate))
 
 
-def _place(
-    state: Namespace,
-    candidate: _Candidate,
-    now_ms: int,
-    touched: set[str],
-    decisions: dict[tuple[str, str], list[Event]],
-) -> int | None:
-    """Place the candidate's next task: 1 if it went somewhere, 0 if it is passed over.
-
-    None if nothing more of the line can go anywhere.
-    """
-    task = candidate.next
-    if task.id in touched or task.cancel is not None:
-        return 0
-    if task.declined is not None:
-        _forget_declines(task, now_ms)
-    room = candidate.strategy.pick(task)
-    if room is None:
-        candidate.passed += 1
-        return 0 if task.declined and candidate.passed < LOOKAHEAD_MAX else None
-    expected_us = state.expectations.get(task.terms.run_key, 0)
-    room.take(candidate.line, expected_us)
-    worker = room.worker
-    event = _assignment(task, worker.incarnation)
-    key = (TaskAssigned.kind, worker.name)
-    events = decisions.get(key)
-    if events is None:
-        decisions[key] = [event]
-    else:
-        events.append(event)
-    return 1
+def _candidates(draft: _Draft) -> list[tuple[Rank, _Candidate]]:
+    """A heap of the lines that some worker can serve."""
+    state = draft.state
+    rooms = _rooms(draft)
+    turn = Turn(state.last_worker)
+    heap: list[tuple[Rank, _Candidate]] = []
+    for line in _open_lines(state) if rooms else ():
+        candidate = _Candidate(
+            state, line, [rooms[worker.name] for worker in line.eligible if worker.name in rooms], turn
+        )
+        heap.append((candidate.rank, candidate))
+    heapq.heapify(heap)
+    return heap
 
 
-def _forget_declines(task: Task, now_ms: int) -> None:
-    assert task.declined is not None
-    kept = {incarnation: until for incarnation, until in task.declined.items() if until > now_ms}
-    task.declined = kept or None
-
-
-def _rooms(state: Namespace) -> dict[str, Room]:
-    workers = (worker for worker in state.workers.values() if not worker.draining)
-    return {worker.name: Room(worker, order) for order, worker in enumerate(workers)}
+def _rooms(draft: _Draft) -> dict[str, Room]:
+    workers = draft.state.workers.values()
+    present = (worker for worker in workers if not worker.draining and worker.name not in draft.lost)
+    return {worker.name: Room(worker, order) for order, worker in enumerate(present)}
 
 
 def _open_lines(state: Namespace) -> list[Line]:
     """Lines that some worker can serve; the others are set aside until the workers change."""
     queue = state.queue
     queue.unpark(state.workers_version)
-    found = []
+    found: list[Line] = []
     for line in list(queue.waiting.values()):
         if line.version != state.workers_version:
-            workers = state.workers.values()
             line.eligible = [
-                worker for worker in workers if not worker.draining and policies.eligible(line.demand, worker)
+                worker for worker in state.workers.values() if policies.eligible(line.demand, worker)
             ]
             line.version = state.workers_version
         if line.eligible:
@@ -298,6 +251,56 @@ def _open_lines(state: Namespace) -> list[Line]:
         else:
             queue.park(line)
     return found
+
+
+class _Candidate:
+    """A line on its way through one plan."""
+
+    __slots__ = ("line", "next", "passed", "quick_us", "rank", "strategy", "tasks", "terms")
+
+    def __init__(self, state: Namespace, line: Line, rooms: Sequence[Room], turn: Turn) -> None:
+        self.line = line
+        self.tasks = line.tasks(state.policy.ageing_per_s)
+        first = next(self.tasks)
+        self.next: Task | None = first
+        """None: nothing more of the line can go anywhere."""
+        self.rank = rank(first, state.policy.ageing_per_s)
+        self.strategy = policies.strategy(state.policy, rooms, line, turn)
+        self.passed = 0
+        self.terms = first.terms
+        self.quick_us = state.quick_us(first)
+
+    def serve(self, draft: _Draft, limit: Rank | None, left: int) -> int:
+        """Place tasks while the next is before `limit`, at most `left`; how many were placed."""
+        placed = 0
+        ageing = draft.state.policy.ageing_per_s
+        while self.next is not None and placed < left:
+            placed += self._place(draft, self.next)
+            if self.next is not None and limit is not None:
+                self.rank = rank(self.next, ageing)
+                if self.rank > limit:
+                    break
+        return placed
+
+    def _place(self, draft: _Draft, task: Task) -> bool:
+        """Place a task, if it can go anywhere, and go on to the next."""
+        if task.id in draft.touched:
+            self.next = next(self.tasks, None)
+            return False
+        if task.terms is not self.terms:
+            self.terms = task.terms
+            self.quick_us = draft.state.quick_us(task)
+        room = self.strategy.pick(task, self.quick_us, draft.now_ms)
+        if room is not None:
+            room.take(self.line, self.quick_us)
+            draft.say(_assignment(task, room.worker.incarnation), room.worker.name)
+        self.next = next(self.tasks, None) if room is not None or self._may_pass(task) else None
+        return room is not None
+
+    def _may_pass(self, task: Task) -> bool:
+        """Whether those behind a task may go first: workers that declined it may take them."""
+        self.passed += 1
+        return task.declined is not None and self.passed < LOOKAHEAD_MAX
 
 
 def _assignment(task: Task, incarnation: int) -> TaskAssigned:
@@ -345,19 +348,20 @@ def _raw(text: bytes) -> Raw | UnsetType:
 def _inputs(task: Task) -> dict[str, Input]:
     if task.node is None:
         return {}
-    inputs = {}
+    inputs: dict[str, Input] = {}
     room = INPUTS_BYTES_MAX
     for task_id in task.node.uses:
         source = task.node.workflow.tasks[task_id].node
         assert source is not None
         result = source.result
         assert result is not None
-        inline = bool(result.value) and len(result.value) <= room
-        room -= len(result.value) if inline else 0
-        inputs[task_id] = Input(value=Raw(result.value)) if inline else Input(seq=result.seq, index=result.index)
+        if _fits(result, room):
+            inputs[task_id] = Input(value=Raw(result.value))
+            room -= len(result.value)
+        else:
+            inputs[task_id] = Input(seq=result.seq, index=result.index)
     return inputs
 
 
-def epoch_subject(state: Namespace) -> str:
-    """The subject whose last message fences this namespace's decisions."""
-    return wire.elected(state.name)
+def _fits(result: Result, room: int) -> bool:
+    return 0 < len(result.value) <= room and nesting(result.value) <= INPUT_DEPTH_MAX

@@ -17,7 +17,7 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from msgspec import Struct
 
@@ -96,7 +96,10 @@ class Line:
         return heapq.merge(*self.lanes.values(), key=lambda task: rank(task, ageing_per_s))
 
 
-def rank(task: Task, ageing_per_s: float) -> tuple[float, int]:
+Rank: TypeAlias = tuple[float, int]
+
+
+def rank(task: Task, ageing_per_s: float) -> Rank:
     """Sorts the next task first: priority plus ageing, then who came first."""
     return task.ready_ms * ageing_per_s / 1000.0 - task.priority, task.ticket
 

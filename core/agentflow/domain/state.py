@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from msgspec import Struct, field
 
@@ -104,9 +104,10 @@ class Task(Struct, gc=False):
     ticket: int = 0
     """Its valid entry in the queue; 0: it is in none."""
     worker: Worker | None = None
-    expected_us: int = 0
+    quick_us: int = 0
+    """Expected run time of the current attempt, if it is known and short; 0 otherwise."""
     started: bool = False
-    """`task.started` of the current attempt is in the log."""
+    """`task.started` of the last attempt is in the log."""
     suspect: bool = False
     """Its last worker died before saying whether it had started."""
     stopping: bool = False
@@ -118,6 +119,20 @@ class Task(Struct, gc=False):
     """Incarnations that declined it, and until when they are not asked again."""
     error: str = ""
     """What the last failed attempt said."""
+
+    @property
+    def awaits_first_start(self) -> bool:
+        """Whether its queue timeout runs: it waits for a worker, and no attempt is known to have begun."""
+        begun = self.started or self.failures or self.losses
+        return self.state is State.READY and not begun and self.cancel is None
+
+    def backs_off_until(self, due_ms: int) -> bool:
+        """Whether it waits for another attempt until then, and nobody wants it cancelled."""
+        return self.state is State.PENDING and self.due_ms == due_ms and self.cancel is None
+
+
+Timer: TypeAlias = tuple[int, int, Task]
+"""When it is due, in which order it was set, and for which task."""
 
 
 class Workflow(Struct):
@@ -154,8 +169,10 @@ class Worker(Struct):
     draining: bool = False
     held: dict[str, Task] = field(default_factory=dict)
     """What is assigned to it, by task id."""
-    expected_us: int = 0
-    """Expected run time of all it holds."""
+    quick_us: int = 0
+    """Expected run time of all it holds that is known to be short."""
+    slow: int = 0
+    """How much it holds of which that is not known."""
     used_cpu: float = 0.0
     used_memory_mb: int = 0
     used_gpus: int = 0
@@ -237,49 +254,63 @@ _CODES: Final[tuple[State | WorkflowState, ...]] = (
     WorkflowState.FAILED,
     WorkflowState.CANCELLED,
 )
-_CODE: Final = {(type(state), state): code for code, state in enumerate(_CODES)}
+_CODE: Final[dict[tuple[type, str], int]] = {(type(state), state): code for code, state in enumerate(_CODES)}
 
 
 class Memory:
     """Ids of what ended, in two generations; packed, since there may be a million.
 
-    Its horizon is the time the older generation was begun.
+    Its horizon is the time the older generation was begun. A UUIDv7 from before it is not
+    known any more whether it was used or not; one that claims a later time is remembered
+    until the horizon has passed that time too, so that none is ever taken for new again.
     """
 
-    __slots__ = ("current", "horizon_ms", "oldest", "previous", "started_ms")
+    __slots__ = ("ahead_ms", "current", "early", "horizon_ms", "oldest", "previous", "started_ms")
 
     def __init__(self) -> None:
         self.current: dict[str, int] = {}
         self.previous: dict[str, int] = {}
+        self.early: dict[str, int] = {}
+        """UUIDv7 of generations forgotten that claim a time after the horizon."""
+        self.ahead_ms = 0
+        """The latest time claimed by a UUIDv7 that was ahead of the log when it was accepted."""
         self.started_ms = 0
         self.horizon_ms = 0
         self.oldest = ids.uuid7_prefix(0)
         """Beginning of a UUIDv7 made at the horizon."""
 
-    def add(self, key: str, closed: Closed, server_ms: int) -> None:
-        """Remember an ended id."""
+    def add(self, key: str, closed: Closed, now_ms: int) -> None:
+        """Remember an ended id. `now_ms` never goes backwards."""
         if len(self.current) >= CLOSED_IDS_MAX:
-            self.horizon_ms = self.started_ms
-            self.oldest = ids.uuid7_prefix(self.horizon_ms)
-            self.started_ms = server_ms
-            self.previous, self.current = self.current, {}
+            self._begin_generation(now_ms)
         code = _CODE[type(closed.state), closed.state]
         position = (closed.seq << 13) | closed.index
         self.current[key] = (((position << 3) | code) << 32) | closed.digest
 
+    def _begin_generation(self, now_ms: int) -> None:
+        # What ended in the same millisecond as the older generation began may be forgotten.
+        self.horizon_ms = self.started_ms + 1
+        self.oldest = ids.uuid7_prefix(self.horizon_ms)
+        forgotten = {**self.early, **self.previous} if self.ahead_ms >= self.horizon_ms else {}
+        self.early = {key: packed for key, packed in forgotten.items() if self._is_early(key)}
+        self.started_ms = now_ms
+        self.previous, self.current = self.current, {}
+
+    def _is_early(self, key: str) -> bool:
+        made_ms = ids.uuid7_time_ms(key)
+        return made_ms is not None and made_ms >= self.horizon_ms
+
     def get(self, key: str) -> Closed | None:
         """What is remembered of an id."""
-        packed = self.current.get(key)
+        packed = self.current.get(key) or self.previous.get(key) or self.early.get(key)
         if packed is None:
-            packed = self.previous.get(key)
-            if packed is None:
-                return None
+            return None
         rest = packed >> 32
         position = rest >> 3
         return Closed(_CODES[rest & 7], position >> 13, position & 8191, packed & 0xFFFFFFFF)
 
     def __len__(self) -> int:
-        return len(self.current) + len(self.previous)
+        return len(self.current) + len(self.previous) + len(self.early)
 
 
 class Namespace:
@@ -293,10 +324,10 @@ class Namespace:
         """Server time of the last message."""
         self.clock_ms = 0
         """Log time: server time, never going backwards."""
-        self.newest_ms = 0
-        """UUIDv7 from this server time on are from the future."""
+        self.latest_ms = 0
+        """The highest server time seen."""
         self.newest = ""
-        """Beginning of a UUIDv7 made then."""
+        """Beginning of a UUIDv7 that is ahead of the log, or was lately: an index, not part of the state."""
         self.epoch = 0
         self.leader = ""
         self.elected_seq = 0
@@ -313,15 +344,17 @@ class Namespace:
         self.terms: dict[tuple[Any, ...], Terms] = {}
         self.expectations: dict[str, int] = {}
         """Learnt run time in microseconds, by function or script."""
-        self.backoffs: list[tuple[int, int, Task]] = []
-        """Heap of (due, order, task)."""
-        self.deadlines: list[tuple[int, int, Task]] = []
-        """Heap of (end of queue timeout, order, task)."""
+        self.backoffs: list[Timer] = []
+        """Heap of ends of backoffs."""
+        self.deadlines: list[Timer] = []
+        """Heap of ends of queue timeouts."""
         self.order = 0
         self.cancels: dict[str, Task] = {}
         """Tasks a client wants cancelled and the leader has not acted on."""
         self.answers: dict[tuple[int, int], EventRejected] = {}
         """Rejections not in the log yet, by position of what they answer."""
+        self.struck: dict[str, Task] = {}
+        """Tasks whose attempts, certainly begun, ended with their worker."""
         self.announcements: dict[str, Ended] = {}
         """Ended workflows not announced yet."""
         self.parts: list[tuple[At, WorkflowPart]] = []
@@ -333,6 +366,11 @@ class Namespace:
         self.superseded = 0
         self.ended: list[Ended] = []
         """What ended since the caller last cleared this; not part of the state."""
+
+    def quick_us(self, task: Task) -> int:
+        """Expected run time of a task if it is known and so short that others may wait behind it; else 0."""
+        expected_us = self.expectations.get(task.terms.run_key, 0)
+        return expected_us if expected_us <= self.policy.ahead_ms * 1000 else 0
 
     def status(self, task: str) -> tuple[str, Sequence[int]]:
         """State of a task or workflow and, once it ended, the position of its end; "unknown" otherwise."""

@@ -12,7 +12,7 @@ import msgspec
 from agentflow.checks import priority_of
 from agentflow.domain.queue import Demand
 from agentflow.domain.state import At, Namespace, Payload, Task, Terms
-from agentflow.events import Needs, Retry, TaskSubmitted, Work, WorkflowSubmitted, WorkflowTask
+from agentflow.events import Needs, Retry, Work, WorkflowSubmitted, WorkflowTask
 from agentflow.limits import FOLD_BYTES_MAX
 
 _encode: Final = msgspec.json.Encoder(order="deterministic").encode
@@ -44,8 +44,8 @@ def _payload(work: Work, args: bytes, digest: int) -> tuple[Payload, int]:
     kwargs = _encode(work.kwargs) if work.kwargs else b""
     argv = _encode(work.argv) if work.argv else b""
     env = _encode(work.env) if work.env else b""
-    for part in (kwargs, argv, env, _encode(work.object)):
-        digest = crc32(part, digest)
+    # Set apart by what no JSON text holds, or kwargs could pass for env.
+    digest = crc32(b"\0".join((b"", kwargs, argv, env, _encode(work.object))), digest)
     if len(args) + len(kwargs) + len(argv) + len(env) > FOLD_BYTES_MAX:
         return Payload(object=work.object, fetch=True), digest
     return Payload(kwargs, argv, env, work.object), digest
@@ -82,7 +82,7 @@ def release_terms(state: Namespace, terms: Terms) -> None:
 
 
 def _needs_key(needs: Needs) -> tuple[Any, ...]:
-    return (needs.cpu, needs.memory_mb, needs.gpus, needs.group, tuple(sorted(needs.labels.items())))
+    return (needs.cpu + 0.0, needs.memory_mb, needs.gpus, needs.group, tuple(sorted(needs.labels.items())))
 
 
 def _retry_key(retry: Retry) -> bytes:
@@ -90,10 +90,12 @@ def _retry_key(retry: Retry) -> bytes:
 
 
 def _new_terms(state: Namespace, key: tuple[Any, ...], work: Work, client: str, notify: str) -> Terms:
-    needs = work.needs
+    needs = None if work.needs is None else _needs_key(work.needs)
     function = sys.intern(work.function)
-    demand = Demand(function) if needs is None else Demand(function, *_needs_key(needs))
-    described = (work.function, work.shell, work.cwd, work.priority, needs, work.retry, work.timeout_s, work.queue_timeout_s)
+    demand = Demand(function) if needs is None else Demand(function, *needs)
+    # Adding zero makes -0.0 and 0.0 one, as they are in the key.
+    timeouts = (work.timeout_s + 0.0, work.queue_timeout_s + 0.0)
+    described = (work.function, work.shell, work.cwd, work.priority, needs, work.retry, timeouts)
     return Terms(
         key=key,
         function=function,

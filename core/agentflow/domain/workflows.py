@@ -8,7 +8,7 @@ from typing import Any, Final
 from agentflow import ids
 from agentflow.domain import dag
 from agentflow.domain.life import State, WorkflowState
-from agentflow.domain.state import At, Namespace, Node, Task, Workflow
+from agentflow.domain.state import At, Namespace, Node, Workflow
 from agentflow.domain.tasks import new_task
 from agentflow.events import Reason, Work, WorkflowSubmitted, WorkflowTask
 from agentflow.limits import WORKFLOW_EDGES_MAX, WORKFLOW_TASKS_MAX
