@@ -242,9 +242,8 @@ def _open_lines(state: Namespace) -> list[Line]:
     found: list[Line] = []
     for line in list(queue.waiting.values()):
         if line.version != state.workers_version:
-            line.eligible = [
-                worker for worker in state.workers.values() if policies.eligible(line.demand, worker)
-            ]
+            present = (worker for worker in state.workers.values() if not worker.draining)
+            line.eligible = [worker for worker in present if policies.eligible(line.demand, worker)]
             line.version = state.workers_version
         if line.eligible:
             found.append(line)
@@ -305,7 +304,7 @@ class _Candidate:
 
 def _assignment(task: Task, incarnation: int) -> TaskAssigned:
     terms = task.terms
-    if task.payload is None and task.node is None and not terms.timeout_s and not terms.shell:
+    if task.payload is None and task.node is None and terms.only_function:
         return TaskAssigned(
             id=task.id,
             attempt=task.attempt + 1,

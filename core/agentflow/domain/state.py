@@ -40,6 +40,8 @@ class Terms(Struct, gc=False):
     """Under which name run times are learnt."""
     digest: int
     """CRC-32 of the terms, who submitted and who is told left out."""
+    only_function: bool
+    """Whether a worker needs to know nothing of them but the function."""
     users: int = 0
     """Open tasks with these terms."""
 

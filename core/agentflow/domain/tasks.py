@@ -111,6 +111,9 @@ def _new_terms(state: Namespace, key: tuple[Any, ...], work: Work, client: str, 
         notify=notify,
         run_key=function or f"$process {crc32(work.shell.encode()):08x}",
         digest=crc32(_encode(described)),
+        only_function=not (
+            work.shell or work.cwd or work.timeout_s or (work.retry and work.retry.non_retryable)
+        ),
     )
 
 
