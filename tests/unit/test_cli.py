@@ -27,7 +27,6 @@ from agentflow.events import (
     TaskSubmitted,
     WorkflowSubmitted,
 )
-from agentflow.ids import uuid7
 from agentflow_nodes.apps import load_app
 from agentflow_nodes.cli import COMMANDS, main
 from agentflow_nodes.cli.board import PlainBoard
@@ -298,7 +297,7 @@ def test_a_line_for_each_change_where_there_is_no_terminal(capsys: pytest.Captur
 
 def test_a_narrow_table_keeps_ids_whole() -> None:
     story = Story()
-    task_id = uuid7(1_699_000_000_000, bytes(10))
+    task_id = "018bcfe5-0000-7000-8000-000000000000"
     story.say("cli", TaskSubmitted(id=task_id, shell="true", title="A title that is rather long " * 4))
     text = shown(task_table(list(story.history.tasks.values()), story.history.now_ms), width=80)
     assert task_id in text
