@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Final
 
 import pytest
 
 from agentflow.bus import Bus
 from tests.servers import NatsServer
+
+UNIT: Final = Path(__file__).parent / "unit"
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Tests with real servers and processes measure time: they run one after the other."""
+    for item in items:
+        if not item.path.is_relative_to(UNIT):
+            item.add_marker(pytest.mark.xdist_group("one at a time"))
 
 
 @pytest.fixture
