@@ -70,6 +70,10 @@ class Leader:
         self._nonce = secrets.token_urlsafe(9)
         self._numbers = itertools.count(1)
         self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        """Set while at rest."""
+        self._made: tuple[int, int, Plan] | None = None
+        """A plan made on being woken: the position it is made on, log time, the plan."""
         self._fence = Fence(wire.elected(log.namespace), 0)
         self._written_seq = 0
         self.leading = False
@@ -77,10 +81,6 @@ class Leader:
         self.elected_seq = 0
         self.deposed = False
         self._accepting: bool | None = None  # what the policy has to say, if it must change
-
-    def wake(self) -> None:
-        """Something was folded or observed."""
-        self._wake.set()
 
     async def elect(self, *, after: int = 0) -> bool:
         """Try to be elected; True once the election is read back and counts.
@@ -125,6 +125,7 @@ class Leader:
                     return end
         finally:
             self.leading = False
+            self._awake()
             self._follower.forget()
             keeper.cancel()
             await asyncio.wait([keeper])
@@ -140,16 +141,59 @@ class Leader:
         now_ms = self._follower.now_ms
         if self._accepting is not None:
             return await self._write(self._policy_change(self._accepting), now_ms)
-        made = plan(state, now_ms, self._silences())
+        ready, self._made = self._made, None
+        if ready is not None and ready[0] == state.seq:
+            _, now_ms, made = ready
+        else:
+            made = plan(state, now_ms, self._silences())
         if made:
             return await self._write(made, now_ms)
-        wait_s = (
-            _WAKE_S_MAX if made.wake_ms is None else min(max(made.wake_ms - now_ms, 1) / 1000, _WAKE_S_MAX)
-        )
-        timer = asyncio.get_running_loop().call_later(wait_s, self._wake.set)
+        self._sleep(made.wake_ms, now_ms)
         await self._wake.wait()
-        timer.cancel()
+        self._awake()
         return None
+
+    def wake(self) -> None:
+        """Something was folded or observed.
+
+        Most of what is folded calls for nothing: then a leader at rest is left alone.
+        """
+        if self._timer is not None:
+            now_ms = self._follower.now_ms
+            if self._resting():
+                made = plan(self._follower.state, now_ms)
+                if not made:
+                    self._sleep(made.wake_ms, now_ms)
+                    return
+                self._made = (self._follower.state.seq, now_ms, made)
+            self._awake()
+        self._wake.set()
+
+    def _resting(self) -> bool:
+        state = self._follower.state
+        return (
+            state.elected_seq == self._fence.seq and state.seq >= self._written_seq and self._accepting is None
+        )
+
+    def _sleep(self, wake_ms: int | None, now_ms: int) -> None:
+        """Rest until woken, or until there is something to do by then."""
+        wait_s = _WAKE_S_MAX if wake_ms is None else min(max(wake_ms - now_ms, 1) / 1000, _WAKE_S_MAX)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + wait_s
+        if self._timer is not None:
+            if self._timer.when() <= until:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_at(until, self._look_again)
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self._wake.set()
+
+    def _awake(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     async def _write(self, made: Plan, now_ms: int) -> End | None:
         state = self._follower.state
