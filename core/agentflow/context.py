@@ -63,7 +63,7 @@ def leave(token: Token[TaskContext]) -> None:
 
 
 @contextmanager
-def running(task: TaskContext) -> Iterator[None]:
+def running(task: TaskContext) -> Generator[None]:
     """Make `task` the current one; for workers, and for tests of functions that call `current()`."""
     token = enter(task)
     try:

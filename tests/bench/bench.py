@@ -1,5 +1,7 @@
 """`just bench`: what AgentFlow does on this machine, as a table and as one JSON object.
 
+With names, only those figures:
+
     python -m tests.bench.bench [NAME ...] [--quick]
 """
 
@@ -79,7 +81,7 @@ def main() -> None:
     shown.print(conditions_table(before))
     shown.print(table(found))
     rounded = {key: round(value, 4) for key, value in found.items()}
-    print(json.dumps({**rounded, "cores": os.cpu_count(), "load_before": before.get("load average")}))  # noqa: T201
+    print(json.dumps({**rounded, "cores": os.cpu_count(), "load_before": before.get("load average")}))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from typing import Any, Final
 
 import agentflow
@@ -93,7 +94,10 @@ async def _paced(work: Callable[[int], Awaitable[None]], seconds: float, rate: f
 async def singles(seconds: float, rounds: int) -> Figures:
     """50 clients, each submitting single tasks and awaiting each acknowledgement, beside bare publishes."""
     async with Stack() as stack:
-        found = [(await _submit_singles(stack, seconds), await _publish_singles(stack, seconds)) for _ in range(rounds)]
+        found = [
+            (await _submit_singles(stack, seconds), await _publish_singles(stack, seconds))
+            for _ in range(rounds)
+        ]
     return {
         "singles_per_s": statistics.median(ours for ours, _ in found),
         "bare_publishes_per_s": statistics.median(bare for _, bare in found),
@@ -109,7 +113,7 @@ async def _submit_singles(stack: Stack, seconds: float) -> float:
         async def submit(client: agentflow.Client, number: int) -> None:
             await client.submit(noop, number)
 
-        return await _rate([lambda number, client=client: submit(client, number) for client in clients], seconds)
+        return await _rate([partial(submit, client) for client in clients], seconds)
     finally:
         await asyncio.gather(*(client.__aexit__(None, None, None) for client in clients))
 
@@ -126,13 +130,13 @@ async def _publish_singles(stack: Stack, seconds: float) -> float:
         frame = b"[" + frames.encode(data) + b"]"
         numbers = itertools.count()
 
-        async def publish(publisher: Publisher) -> None:
+        async def publish(publisher: Publisher, _number: int) -> None:
             headers = {wire.MSG_ID: f"bare.{next(numbers)}"}
             ack = await publisher.publish(f"bare.{name}", frame, headers, timeout_s=5.0)
             assert isinstance(ack, PubAck), ack
 
         publishers = [Publisher(bus) for bus in buses]
-        rate = await _rate([lambda _, publisher=publisher: publish(publisher) for publisher in publishers], seconds)
+        rate = await _rate([partial(publish, publisher) for publisher in publishers], seconds)
         await buses[0].js_api(f"STREAM.DELETE.{name}", b"", 5.0)
         return rate
     finally:
@@ -208,7 +212,11 @@ async def backlog(small: int, large: int) -> Figures:
                 memory["backlog1m_server_rss_mb"] = max(
                     memory["backlog1m_server_rss_mb"], stack.rss_mb("nats-server")
                 )
-    return {**memory, "backlog1m_rate_per_s": rates[large], "backlog1m_rate_ratio": rates[large] / rates[small]}
+    return {
+        **memory,
+        "backlog1m_rate_per_s": rates[large],
+        "backlog1m_rate_ratio": rates[large] / rates[small],
+    }
 
 
 async def _queued(client: agentflow.Client, count: int) -> None:
@@ -264,8 +272,17 @@ async def _up_ready_s() -> float:
     with tempfile.TemporaryDirectory() as folder:
         before = time.perf_counter()
         up = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "agentflow_nodes", "up", "--data-dir", folder, "--port", str(free_port()), "--json",
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+            sys.executable,
+            "-m",
+            "agentflow_nodes",
+            "up",
+            "--data-dir",
+            folder,
+            "--port",
+            str(free_port()),
+            "--json",
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
         )
         assert up.stdout is not None
         line = await asyncio.wait_for(up.stdout.readline(), 60)
@@ -278,7 +295,7 @@ async def _up_ready_s() -> float:
 
 def _import_s(module: str) -> float:
     before = time.perf_counter()
-    subprocess.run([sys.executable, "-c", f"import {module}"], check=True, cwd=ROOT)  # noqa: S603
+    subprocess.run([sys.executable, "-c", f"import {module}"], check=True, cwd=ROOT)
     return time.perf_counter() - before
 
 

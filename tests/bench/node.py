@@ -8,14 +8,14 @@ import sys
 
 import uvloop
 
-import tests.bench.app  # noqa: F401 - registers the functions
+import tests.bench.app  # noqa: F401  # pyright: ignore[reportUnusedImport] - registers the functions
 from agentflow.client.function import registered
 from agentflow_nodes.master.node import Master, MasterConfig
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
 
 
-async def run(role: str, url: str, name: str, slots: int, functions: bool) -> None:  # noqa: FBT001
+async def run(role: str, url: str, name: str, slots: int, functions: bool) -> None:
     """Be a node until SIGTERM."""
     node: Master | Worker
     if role == "master":
@@ -26,14 +26,14 @@ async def run(role: str, url: str, name: str, slots: int, functions: bool) -> No
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     async with node:
-        print("ready", flush=True)  # noqa: T201 - the bench waits for it
+        print("ready", flush=True)
         await stop.wait()
 
 
 def main() -> None:
     """Parse `ROLE URL NAME [SLOTS]`."""
     role, url, name = sys.argv[1:4]
-    slots = int(sys.argv[4]) if len(sys.argv) > 4 else 8  # noqa: PLR2004
+    slots = int(sys.argv[4]) if len(sys.argv) > 4 else 8
     uvloop.run(run(role, url, name, slots, functions=True))
 
 

@@ -1,12 +1,13 @@
 """No-op tasks per second: submitted, durable, assigned, run, recorded, and known to the client.
 
+By itself:
+
     python -m tests.bench.noop [--tasks 200000] [--workers 1] [--slots 8] [--runs 3] [--json]
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 import time
@@ -59,9 +60,9 @@ def main() -> None:
     results = uvloop.run(run(given.tasks, given.workers, given.slots, given.runs))
     if not given.json:
         for result in results:
-            print({name: round(value, 1) for name, value in result.items()})  # noqa: T201 - what it is for
+            print({name: round(value, 1) for name, value in result.items()})
     median = {name: statistics.median(result[name] for result in results) for name in results[0]}
-    print(json.dumps({"noop_tasks_per_s": median.pop("tasks_per_s"), **median}))  # noqa: T201
+    print(json.dumps({"noop_tasks_per_s": median.pop("tasks_per_s"), **median}))
 
 
 if __name__ == "__main__":

@@ -50,8 +50,16 @@ class Stack:
     async def start(self, role: str, name: str, slots: int = 8) -> None:
         """Start a node and wait until it is ready."""
         node = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.bench.node", role, self.url, name, str(slots),
-            stdout=asyncio.subprocess.PIPE, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            sys.executable,
+            "-m",
+            "tests.bench.node",
+            role,
+            self.url,
+            name,
+            str(slots),
+            stdout=asyncio.subprocess.PIPE,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         self.nodes[name] = node
         assert node.stdout is not None

@@ -333,7 +333,7 @@ async def test_a_child_that_dies_idle_is_replaced(runner: FunctionRunner) -> Non
     assert value_of(await runner.run(own_pid, (), {}, mode="process")) == pid
     os.kill(pid, signal.SIGKILL)
     while alive(pid):  # the loop, kept busy here, has no chance to notice first
-        time.sleep(0.001)
+        time.sleep(0.001)  # noqa: ASYNC251 - that is the point
     assert value_of(await runner.run(own_pid, (), {}, mode="process")) != pid
 
 

@@ -147,7 +147,8 @@ async def test_what_cannot_be_started_is_an_answer(
     runner: ProcessRunner, token: str, argv: list[str], options: dict[str, Any], said: str
 ) -> None:
     before = psutil.Process().num_fds()
-    ended = await runner.run(argv, **{"env": ENV, "token": token} | options)
+    given: dict[str, Any] = {"env": ENV, "token": token, **options}
+    ended = await runner.run(argv, **given)
     assert ended.error is not None
     assert said in ended.error
     assert len(ended.error.encode()) <= 4096

@@ -153,7 +153,7 @@ class TestOptions:
         assert task == TaskFile(
             task_id="a",
             run=Shell("true"),
-            cwd="/tmp",  # noqa: S108 - only a text
+            cwd="/tmp",
             env={"A": "b"},
             timeout_s=1.5,
             queue_timeout_s=60.0,

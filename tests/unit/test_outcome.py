@@ -20,7 +20,7 @@ def exit_with(**fields: Any) -> ProcessExit:
 
 def raised(error: BaseException) -> BaseException:
     try:
-        raise error
+        raise error  # noqa: TRY301 - for its traceback
     except BaseException as caught:  # noqa: BLE001
         return caught
 
@@ -43,9 +43,14 @@ def test_a_result_is_encoded_once(value: object, json: bytes) -> None:
     assert bytes(done.value) == json
 
 
-DEEP: list[Any] = []
-for _ in range(40):
-    DEEP = [DEEP]
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+DEEP = nested(40)
 
 
 @pytest.mark.parametrize(

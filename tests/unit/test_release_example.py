@@ -50,14 +50,14 @@ def dist(tmp_path: Path) -> Path:
 
 
 def output_of(*words: str | Path, cwd: Path | None = None) -> str:
-    return subprocess.run(words, check=True, capture_output=True, text=True, cwd=cwd).stdout.strip()  # noqa: S603
+    return subprocess.run(words, check=True, capture_output=True, text=True, cwd=cwd).stdout.strip()
 
 
 def run_shard(tests: list[str], result: Path) -> int:
     """Run tests of the widget as the workflow does; the exit code."""
     env = os.environ | {"TESTS": json.dumps(tests), "AGENTFLOW_RESULT": str(result)}
     words: list[str | Path] = [sys.executable, "-B", EXAMPLES / "release" / "run_shard.py"]
-    return subprocess.run(words, env=env, cwd=WIDGET, capture_output=True, check=False).returncode  # noqa: S603
+    return subprocess.run(words, env=env, cwd=WIDGET, capture_output=True, check=False).returncode
 
 
 class TestWorkflows:

@@ -257,7 +257,7 @@ def _write_zip(path: Path, files: Mapping[str, bytes]) -> None:
             archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
 
 
-def _report(  # noqa: PLR0913 - as above
+def _report(
     *,
     work: Work,
     shards: Sequence[ShardResult],
