@@ -172,7 +172,9 @@ class Leader:
     def _resting(self) -> bool:
         state = self._follower.state
         return (
-            state.elected_seq == self._fence.seq and state.seq >= self._written_seq and self._accepting is None
+            state.elected_seq == self._fence.seq
+            and state.seq >= self._written_seq
+            and self._accepting is None
         )
 
     def _sleep(self, wake_ms: int | None, now_ms: int) -> None:
