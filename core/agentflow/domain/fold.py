@@ -710,8 +710,10 @@ def _set_deadline(state: Namespace, task: Task) -> None:
 
 def _set_timer(state: Namespace, timers: list[Timer], due_ms: int, task: Task) -> None:
     """Timers of tasks that ended stay until they are due, unless they become the most."""
-    state.order += 1
-    heapq.heappush(timers, (due_ms, state.order, task))
+    if not task.order:
+        state.order += 1
+        task.order = state.order
+    heapq.heappush(timers, (due_ms, task.order, task))
     if len(timers) > TIMERS_MIN and len(timers) > 2 * len(state.tasks):
         timers[:] = [timer for timer in timers if timer[2].state not in FINAL]
         heapq.heapify(timers)

@@ -121,6 +121,8 @@ class Task(Struct, gc=False):
     """Incarnations that declined it, and until when they are not asked again."""
     error: str = ""
     """What the last failed attempt said."""
+    order: int = 0
+    """Its place among tasks whose timers are due at the same time."""
 
     @property
     def awaits_first_start(self) -> bool:
@@ -134,7 +136,7 @@ class Task(Struct, gc=False):
 
 
 Timer: TypeAlias = tuple[int, int, Task]
-"""When it is due, in which order it was set, and for which task."""
+"""When it is due, the order and the task."""
 
 
 class Workflow(Struct):
@@ -351,6 +353,7 @@ class Namespace:
         self.deadlines: list[Timer] = []
         """Heap of ends of queue timeouts."""
         self.order = 0
+        """Tasks that ever had a timer."""
         self.cancels: dict[str, Task] = {}
         """Tasks a client wants cancelled and the leader has not acted on."""
         self.answers: dict[tuple[int, int], EventRejected] = {}
