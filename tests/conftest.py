@@ -9,6 +9,7 @@ from typing import Final
 import pytest
 
 from agentflow.bus import Bus
+from tests.cluster import Cluster
 from tests.servers import NatsServer
 
 UNIT: Final = Path(__file__).parent / "unit"
@@ -33,3 +34,10 @@ async def bus(nats_server: NatsServer) -> AsyncIterator[Bus]:
     """A bus connected to the test's server."""
     async with Bus(nats_server.url, name="test") as connected:
         yield connected
+
+
+@pytest.fixture
+async def cluster(nats_server: NatsServer) -> AsyncIterator[Cluster]:
+    """A cluster of the test's own, with nothing in it but the server."""
+    async with Cluster(nats_server) as empty:
+        yield empty

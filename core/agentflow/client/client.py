@@ -25,7 +25,7 @@ from agentflow.client.files import WorkflowFile
 from agentflow.client.function import Function
 from agentflow.client.handle import Handle, WorkflowHandle
 from agentflow.client.outcome import Outcome
-from agentflow.client.values import arguments, outsourced
+from agentflow.client.values import arguments, as_json, outsourced
 from agentflow.client.waiting import Waiting
 from agentflow.client.watching import LoggedEvent, logged_events
 from agentflow.client.watching import events as logged
@@ -141,15 +141,15 @@ class Client:
         With an `id` of the caller's choice the same task can be handed over again, by whomever,
         without being run again; another task under that id is rejected.
         """
-        args, kwargs = arguments(event.args, event.kwargs)
-        event = structs.replace(event, id=event.id or new_id(), notify=self._token, args=args, kwargs=kwargs)
+        changes = {name: as_json(getattr(event, name)) for name in ("args", "kwargs", "argv", "env")}
+        event = structs.replace(event, id=event.id or new_id(), notify=self._token, **changes)
         return await self._submit(await outsourced(event, self.objects), Any, chosen=True)
 
     async def shell(self, script: str, **options: Any) -> Handle[Any]:
         """Hand over a shell script. Options are fields of `agentflow.events.TaskSubmitted`."""
         return await self.submit_task(TaskSubmitted(shell=script, **options))
 
-    async def argv(self, argv: Sequence[str], **options: Any) -> Handle[Any]:
+    async def argv(self, argv: Sequence[Any], **options: Any) -> Handle[Any]:
         """Hand over a program with its arguments."""
         return await self.submit_task(TaskSubmitted(argv=list(argv), **options))
 

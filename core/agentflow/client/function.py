@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import pickle
 import sys
 import typing
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -57,6 +59,13 @@ class Function(Generic[P, R]):
     def __repr__(self) -> str:
         return f"<task {self.name}>"
 
+    def __reduce__(self) -> tuple[Callable[[str, str], Function[..., Any]], tuple[str, str]]:
+        if "<locals>" in self.__qualname__:
+            raise pickle.PicklingError(
+                f"{self.__qualname__} cannot be imported: define it at the top of a module"
+            )
+        return _imported, (self.__module__, self.name)
+
     def options(self, **changes: Any) -> Function[P, R]:
         """The same task with other options, for example `add.options(priority="high")`.
 
@@ -75,6 +84,12 @@ class Function(Generic[P, R]):
         if self._types is None:
             self._types = _Types(self.call)
         return self._types
+
+
+def _imported(module: str, name: str) -> Function[..., Any]:
+    """The task of that name, in another process."""
+    importlib.import_module(module)
+    return _registry[name]
 
 
 def _changed(options: Options) -> dict[str, Any]:

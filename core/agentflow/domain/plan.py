@@ -304,7 +304,8 @@ class _Candidate:
 
 def _assignment(task: Task, incarnation: int) -> TaskAssigned:
     terms = task.terms
-    if task.payload is None and task.node is None and terms.only_function:
+    plain = not (terms.timeout_s or terms.shell or (terms.retry and terms.retry.non_retryable))
+    if plain and task.payload is None and task.node is None:
         return TaskAssigned(
             id=task.id,
             attempt=task.attempt + 1,

@@ -27,7 +27,7 @@ from agentflow.context import TaskContext
 from agentflow.errors import AppendUnknown, Disconnected, ObjectMissing, OperatingError
 from agentflow.events import Event, ObjectRef, TaskAssigned, TaskCompleted, TaskDeclined, TaskFailed
 from agentflow.frames import decode_any, encode
-from agentflow.limits import DEPTH_MAX, INLINE_BYTES_MAX, TAIL_LENGTH_MAX
+from agentflow.limits import DEPTH_MAX, INLINE_BYTES_MAX, TAIL_LENGTH_MAX, TEXT_LENGTH_MAX
 from agentflow.log.port import Log
 from agentflow.logs import get_logger
 from agentflow.objects import ObjectStore
@@ -145,7 +145,8 @@ class Attempts:
         except msgspec.ValidationError as error:
             return _bad_arguments(run, function, error)
         ended = await self._runner.run(
-            function.call,
+            # The name of the plain function leads to the task: only that can be found again in a child.
+            function if function.mode == "process" else function.call,  # type: ignore[arg-type]
             args,
             kwargs,
             mode=function.mode,
@@ -278,7 +279,7 @@ def _failed(run: Run, ended: Failed, stdout: str = "", stderr: str = "", run_us:
         attempt=assigned.attempt,
         incarnation=assigned.incarnation,
         error=ended.kind,
-        message=_text(ended.message, 4_000),
+        message=ended.message[:TEXT_LENGTH_MAX].replace("\0", "\ufffd"),
         retryable=ended.retryable,
         started_at_ms=run.started_at_ms,
         run_us=run_us or int((time.monotonic() - run.started) * 1e6),
@@ -297,6 +298,6 @@ def failed(run: Run, ended: Failed) -> TaskFailed:
     return _failed(run, ended)
 
 
-def _text(text: str, limit: int = TAIL_LENGTH_MAX) -> str:
+def _text(text: str) -> str:
     """The end of a text, without what the contract does not allow in strings."""
-    return text[-limit:].replace("\0", "\ufffd") if text else ""
+    return text[-TAIL_LENGTH_MAX:].replace("\0", "\ufffd") if text else ""
