@@ -40,6 +40,8 @@ workflow:
     - {{task_id: three, argv: [echo, "sum:", {{$result: one}}], dependencies: [two]}}
 """
 
+pytestmark = pytest.mark.timeout(120)
+
 READY_S_MAX = 30.0
 STOP_S_MAX = 20.0
 
@@ -262,7 +264,7 @@ def test_a_worker_that_dies_is_started_again(own_up: Up) -> None:
 
 
 def test_stopping_lets_running_tasks_end(own_up: Up, tmp_path: Path) -> None:
-    own_up.run("submit", "--shell", "sleep 1; echo done > ended", "--cwd", str(tmp_path), "--id", "slow")
+    own_up.run("submit", "--shell", "sleep 6; echo done > ended", "--cwd", str(tmp_path), "--id", "slow")
     until(lambda: own_up.json("task", "slow")["state"] == "running")
     assert own_up.stop() == 0
     assert (tmp_path / "ended").read_text() == "done\n"

@@ -24,6 +24,8 @@ from agentflow_nodes.cli.output import print_json, say
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
 _log: Final = logging.getLogger(__name__)
+_ORPHAN_S: Final = 1.0
+"""What runs when the supervisor was killed, and the server with it, has nobody to report to."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -123,8 +125,10 @@ async def _until_stop(node: Node, stop: Stop) -> None:
 
 def _watch_supervisor(stop: Stop) -> None:
     if not os.read(0, 1):
-        asyncio.get_running_loop().remove_reader(0)
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(0)
         stop.ask()
+        loop.call_later(_ORPHAN_S, stop.ask)
 
 
 def default_name(role: str) -> str:

@@ -5,6 +5,7 @@ Rich's boxed help would take longer to load than everything else that help needs
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -12,6 +13,16 @@ from typer.core import TyperCommand, TyperGroup
 
 _VERBATIM: Final = "\b\n"
 _INDENT: Final = " " * 4
+_SHORTER: Final = (
+    (re.compile(r" <(?:int|float)(?: range)?>"), " N"),
+    (re.compile(r" <str>"), " TEXT"),
+    (re.compile(r" <path>"), " PATH"),
+    (re.compile(r" <list\[str\]>"), ""),
+    (re.compile(r"(?:; )?[0-9.]*(?:<=)?x[<>]=[0-9.]+"), ""),
+    (re.compile(r"default: \((.*?)\)"), r"default: \1"),
+    (re.compile(r"\[default: (?:0|0\.0|\[\]|\{\})\]"), ""),
+    (re.compile(r"\[\]$"), ""),
+)
 
 
 def verbatim_blocks(text: str) -> str:
@@ -60,9 +71,17 @@ def _sections(ctx: Any, params: Iterable[Any]) -> dict[str, list[tuple[str, str]
         record = param.get_help_record(ctx)
         if record is None:
             continue
+        record = _plainer(*record)
         section = "Arguments" if param.param_type_name == "argument" else "Options"
         sections.setdefault(getattr(param, "rich_help_panel", None) or section, []).append(record)
     return sections
+
+
+def _plainer(option: str, text: str) -> tuple[str, str]:
+    """Say what to write in place of a Python type, and leave out what goes without saying."""
+    for pattern, shorter in _SHORTER:
+        option, text = pattern.sub(shorter, option), pattern.sub(shorter, text)
+    return option, text
 
 
 def _write_sections(formatter: Any, sections: dict[str, list[tuple[str, str]]]) -> None:

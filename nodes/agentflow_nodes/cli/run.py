@@ -19,7 +19,7 @@ from agentflow_nodes.cli.board import Board, LiveBoard, PlainBoard, QuietBoard
 from agentflow_nodes.cli.cluster import Cluster, ClusterConfig
 from agentflow_nodes.cli.errors import CliError, Exit
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats, default_slots
-from agentflow_nodes.cli.output import console, print_json, say
+from agentflow_nodes.cli.output import DIM, console, print_json, say
 from agentflow_nodes.cli.session import Target, client_logs, open_client, run, target
 from agentflow_nodes.cli.summary import finish, summary
 from agentflow_nodes.cli.workflows import workflow_document
@@ -159,6 +159,7 @@ async def _interrupted(handle: agentflow.WorkflowHandle, *, embedded: bool) -> N
     if not embedded:
         say(f"{handle.id} goes on; 'agentflow cancel {handle.id}' stops it")
         return
+    say("Interrupted: what runs is stopped.", DIM)
     with contextlib.suppress(agentflow.AgentFlowError, TimeoutError):
         async with asyncio.timeout(_DRAIN_S):
             await handle.cancel("interrupted")

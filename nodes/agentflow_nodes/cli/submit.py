@@ -30,7 +30,7 @@ def submit_command(  # noqa: PLR0913, PLR0917 - options
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILE | -- PROGRAM ARGS...]", help="A workflow file, or a program.", show_default=False
+            metavar="FILE | -- PROGRAM ARG", help="A workflow file, or a program.", show_default=False
         ),
     ] = None,
     shell: Annotated[
@@ -66,9 +66,7 @@ def submit_command(  # noqa: PLR0913, PLR0917 - options
     ] = "",
     task_id: Annotated[
         str,
-        typer.Option(
-            "--id", help="Its id: the same id twice is one task. Default: a new one.", rich_help_panel=_HOW
-        ),
+        typer.Option("--id", help="Its id; the same id twice is one task.", rich_help_panel=_HOW),
     ] = "",
     title: Annotated[str, typer.Option("--title", help="What people call it.", rich_help_panel=_HOW)] = "",
     priority: Annotated[
