@@ -321,14 +321,14 @@ class TestLarge:
         chain = {f"t{index}": [f"t{index - 1}"] if index else [] for index in range(LARGE)}
         backwards = dict(reversed(chain.items()))
 
-        started = time.perf_counter()
+        started = time.process_time()
         assert dag.validate(list(chain.items())) == []
         assert dag.execution_order(backwards) == list(chain)
         assert len(dag.levels(chain)) == LARGE
         assert len(dag.dependency_chain(chain, f"t{LARGE - 1}")) == LARGE - 1
         assert len(dag.descendants(chain, "t0")) == LARGE - 1
         assert dag.critical_path(chain, dict.fromkeys(chain, 1.0))[1] == LARGE
-        assert time.perf_counter() - started < 10
+        assert time.process_time() - started < 10
 
     def test_one_circle(self) -> None:
         circle = [(f"t{index}", [f"t{index - 1}" if index else f"t{LARGE - 1}"]) for index in range(LARGE)]
