@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from agentflow.events import KINDS
+from agentflow.checks import Bad
+from agentflow.events import KINDS, ROLES, Role
+from agentflow.frames import judge
 from agentflow.limits import LEVEL
 from tests.docs_from_code import RENDERERS, ROOT, documents, in_step
 
@@ -69,3 +72,25 @@ def test_a_decision_says_what_it_has_to(page: Path) -> None:
 
 def test_decisions_are_numbered_without_gaps() -> None:
     assert [int(page.name[:3]) for page in DECISIONS] == list(range(1, len(DECISIONS) + 1))
+
+
+def _published() -> list[tuple[str, str]]:
+    """Subject and data of every event that the pages publish with the `nats` tool."""
+    lines = re.findall(
+        r"^nats (?:pub|request) .*$", "\n".join(page.read_text() for page in PAGES), re.MULTILINE
+    )
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [(subject, data) for _, _, subject, data in words if subject.startswith("af.")]
+
+
+def test_every_kind_of_a_client_is_published_somewhere() -> None:
+    shown = {".".join(subject.split(".")[2:4]) for subject, _ in _published()}
+    assert shown == {kind for kind, role in ROLES.items() if role is Role.CLIENT} - {"workflow.part"}
+
+
+@pytest.mark.parametrize(("subject", "data"), _published())
+def test_what_the_pages_publish_is_sound(subject: str, data: str) -> None:
+    judged = judge(subject, data.encode(), None)
+    assert judged.whole is None
+    assert judged.items
+    assert not [item for item in judged.items if isinstance(item, Bad)]
