@@ -304,8 +304,7 @@ class _Candidate:
 
 def _assignment(task: Task, incarnation: int) -> TaskAssigned:
     terms = task.terms
-    plain = not (terms.timeout_s or terms.shell or (terms.retry and terms.retry.non_retryable))
-    if plain and task.payload is None and task.node is None:
+    if task.payload is None and task.node is None and terms.only_function:
         return TaskAssigned(
             id=task.id,
             attempt=task.attempt + 1,

@@ -85,7 +85,7 @@ class Worker:
         self._idle: deque[asyncio.Future[None]] = deque()
         self._running: dict[str, Run] = {}
         self._slots: dict[asyncio.Task[None], Run | None] = {}
-        self._draining = False
+        self._draining = self._gone = False
         self._tasks: list[asyncio.Task[None]] = []
         self._lost = asyncio.Event()
         self._stack = AsyncExitStack()
@@ -108,6 +108,9 @@ class Worker:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._gone:
+            return
+        self._gone = True
         try:
             await self._leave()
         finally:
