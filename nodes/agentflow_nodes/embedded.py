@@ -162,6 +162,12 @@ class EmbeddedServer:
             os.close(lock_fd)
 
     @property
+    def max_store_bytes(self) -> int:
+        """Bytes its streams may take together."""
+        assert self._max_store_bytes is not None, "the server was not started"
+        return self._max_store_bytes
+
+    @property
     def url(self) -> str:
         """Where clients on this machine connect."""
         return f"nats://{_url_host(_reachable(self._host))}:{self.port}"

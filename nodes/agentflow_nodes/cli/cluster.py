@@ -124,7 +124,9 @@ class Cluster:
         config = self.config
         self.log_dir.mkdir(parents=True, exist_ok=True)
         common = ["--nats", self.url, "--namespace", config.namespace, "--supervised"]
-        self._master = self._child("master", ["master", *common])
+        self._master = self._child(
+            "master", ["master", "--log-bytes-max", str(self.max_store_bytes), *common]
+        )
         cores, memory_mb = os.cpu_count() or 1, psutil.virtual_memory().total // _MB
         for number in range(1, config.workers + 1):
             arguments = ["worker", *common, "--slots", str(config.slots), "--drain-s", str(config.drain_s)]

@@ -12,7 +12,8 @@ from agentflow_nodes.cli.daemon import Supervised, default_name, node_logs, serv
 from agentflow_nodes.cli.errors import usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.session import run, target
-from agentflow_nodes.master.node import Master, MasterConfig
+from agentflow_nodes.master.config import MasterConfig
+from agentflow_nodes.master.node import Master
 
 
 def master_command(  # noqa: PLR0913, PLR0917 - options
@@ -28,6 +29,14 @@ def master_command(  # noqa: PLR0913, PLR0917 - options
     worker_ttl_s: Annotated[
         float, typer.Option("--worker-ttl-s", min=1.0, help="A worker silent for so long is lost, seconds.")
     ] = 5.0,
+    log_bytes_max: Annotated[
+        int,
+        typer.Option(
+            "--log-bytes-max",
+            min=0,
+            help="Turn submissions away near this size of the log; 0: the stream's own limit.",
+        ),
+    ] = 0,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -54,6 +63,7 @@ def master_command(  # noqa: PLR0913, PLR0917 - options
         lease_ttl_s=lease_ttl_s,
         worker_ttl_s=worker_ttl_s,
         policy=Policy(strategy=strategy),
+        log_bytes_max=log_bytes_max,
     )
     told = {"node": "master", "name": config.name, "url": where.url, "namespace": namespace}
     text = f"Master {config.name} is ready on {where.url}, namespace {namespace}."

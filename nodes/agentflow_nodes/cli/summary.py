@@ -40,9 +40,10 @@ def summary(row: WorkflowRow, results: dict[str, Any]) -> RenderableType:
     """Table, failures, results, and the last line."""
     rows = list(row.tasks.values())
     shown = rows if len(rows) <= ROWS_MAX else [task for task in rows if task.state is not State.COMPLETED]
-    parts: list[RenderableType] = [task_table(shown[:ROWS_MAX], row.ended_ms, inside=True)]
-    if len(shown[:ROWS_MAX]) < len(rows):
-        parts.append(Text(f"{len(rows) - len(shown[:ROWS_MAX])} more tasks", style=DIM))
+    shown = shown[:ROWS_MAX]
+    parts: list[RenderableType] = [task_table(shown, row.ended_ms, inside=True)] if shown else []
+    if len(shown) < len(rows):
+        parts.append(Text(f"{len(rows) - len(shown)} tasks more; 'agentflow tasks' lists them", style=DIM))
     failed = [task for task in rows if task.state is State.FAILED]
     for task in failed[:FAILURES_MAX]:
         parts += failure(task)

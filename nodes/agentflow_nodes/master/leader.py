@@ -24,6 +24,7 @@ from agentflow.events import Event, LeaderElected, Policy, PolicyChanged, Role, 
 from agentflow.frames import Decision, Judged, TooLarge, compose, encode
 from agentflow.log.port import Appended, Done, Fence, Frame, Log, Reason, Refused
 from agentflow.logs import get_logger
+from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.follower import Follower
 
 IN_FLIGHT_MAX: Final = 12
@@ -56,16 +57,13 @@ class Leader:
         self,
         log: Log,
         follower: Follower,
-        name: str,
-        policy: Policy,
-        replicas: int,
+        config: MasterConfig,
         silences: Callable[[], Sequence[Silence]],
     ) -> None:
         self._log = log
         self._follower = follower
-        self._name = name
-        self._policy = policy
-        self._replicas = replicas
+        self._name = config.name
+        self._config = config
         self._silences = silences
         self._nonce = secrets.token_urlsafe(9)
         self._numbers = itertools.count(1)
@@ -205,7 +203,7 @@ class Leader:
             for (kind, actor), events in made.decisions.items()
             for frame in self._frames(kind, actor, events, decision)
         ]
-        if self._replicas > 1:
+        if self._config.replicas > 1:
             for frame in frames:
                 end = self._judge_append(await self._append(frame))
                 if end is not None:
@@ -286,7 +284,7 @@ class Leader:
 
     def _policy_with(self, *, accepting: bool) -> Policy:
         """Our policy, under the version that holds."""
-        return replace(self._policy, version=self._follower.state.policy.version, accepting=accepting)
+        return replace(self._config.policy, version=self._follower.state.policy.version, accepting=accepting)
 
     def _policy_change(self, accepting: bool) -> Plan:  # noqa: FBT001 - what it is about
         self._accepting = None
@@ -303,9 +301,10 @@ class Leader:
             except OperatingError as error:
                 _log.warning("the log's size is not known", error=str(error))
                 continue
-            if identity.bytes_max <= 0:
+            limits = [limit for limit in (identity.bytes_max, self._config.log_bytes_max) if limit > 0]
+            if not limits:
                 continue
-            share = identity.bytes / identity.bytes_max
+            share = identity.bytes / min(limits)
             accepting = self._follower.state.policy.accepting
             if (accepting and share > BYTES_CLOSED_SHARE) or (not accepting and share < BYTES_OPEN_SHARE):
                 _log.warning("the log's fill level changed", share=round(share, 3), accepting=not accepting)

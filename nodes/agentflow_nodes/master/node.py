@@ -9,17 +9,15 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Final, Self
 
-from msgspec import Struct
-
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.domain.state import Ended
-from agentflow.errors import AgentFlowError, InvalidRequest, LogGone, OperatingError
-from agentflow.events import Policy
+from agentflow.errors import AgentFlowError, LogGone, OperatingError
 from agentflow.frames import encode
 from agentflow.lease import Lease, LeaseStore
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.logs import get_logger
+from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.follower import Follower
 from agentflow_nodes.master.leader import End, Leader
 from agentflow_nodes.master.liveness import Liveness
@@ -34,24 +32,6 @@ _ASK_SHARE: Final = 4
 _GC_THRESHOLD: Final = (100_000, 20, 100)
 
 _log = get_logger(__name__)
-
-
-class MasterConfig(Struct, frozen=True, kw_only=True):
-    """Everything a master is told."""
-
-    url: str = "nats://127.0.0.1:4222"
-    namespace: str = "default"
-    name: str = "master"
-    lease_ttl_s: int = 3
-    worker_ttl_s: float = 5.0
-    policy: Policy = Policy()
-    replicas: int = 1
-
-    def __post_init__(self) -> None:
-        if not (wire.is_name(self.namespace) and wire.is_name(self.name)):
-            raise InvalidRequest("namespace and name must be 1 to 64 of A-Z a-z 0-9 _ -")
-        if self.lease_ttl_s < 1 or self.worker_ttl_s <= 0:
-            raise InvalidRequest("the lease lives at least 1 s, workers longer than 0 s")
 
 
 class Master:
@@ -206,9 +186,7 @@ class Master:
             leader = Leader(
                 self._log,
                 self._follower,
-                self.config.name,
-                self.config.policy,
-                self.config.replicas,
+                self.config,
                 lambda: self._liveness.silences(self._follower.state),
             )
             self._leader = leader
