@@ -123,9 +123,10 @@ class Cluster:
     def _make_children(self) -> None:
         config = self.config
         self.log_dir.mkdir(parents=True, exist_ok=True)
+        assert self._server is not None
         common = ["--nats", self.url, "--namespace", config.namespace, "--supervised"]
         self._master = self._child(
-            "master", ["master", "--log-bytes-max", str(self.max_store_bytes), *common]
+            "master", ["master", "--log-bytes-max", str(self._server.max_store_bytes), *common]
         )
         cores, memory_mb = os.cpu_count() or 1, psutil.virtual_memory().total // _MB
         for number in range(1, config.workers + 1):
