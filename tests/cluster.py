@@ -24,6 +24,7 @@ from agentflow_nodes.master.node import Master, MasterConfig
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
 from tests.eventually import eventually
+from tests.faultproxy import FaultProxy
 from tests.servers import NatsServer
 
 _READY_TIMEOUT_S = 20.0
@@ -61,12 +62,16 @@ class Cluster:
         return master
 
     async def worker(self, **config: Any) -> Worker:
-        config = {"url": self.url, "slots": 4, "heartbeat_s": 0.2, "drain_s": 5.0, **config}
+        config = {"url": self.url, "slots": 4, "heartbeat_s": 0.2, "drain_s": 0.5, **config}
         return await self._stack.enter_async_context(Worker(WorkerConfig(**config)))
 
     async def client(self, **options: Any) -> agentflow.Client:
         options = {"url": self.url, **options}
         return await self._stack.enter_async_context(agentflow.Client(**options))
+
+    async def proxy(self) -> FaultProxy:
+        """A proxy in front of the server; it outlives the nodes that are made after it."""
+        return await self._stack.enter_async_context(FaultProxy(self.server.port))
 
     async def process(self, *arguments: str, env: dict[str, str] | None = None, url: str = "") -> Process:
         """`agentflow <arguments>` in a process of its own, once it is ready."""

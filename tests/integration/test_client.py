@@ -316,7 +316,7 @@ class TestCancelling:
     async def test_a_running_function_is_stopped(
         self, client: agentflow.Client, function: agentflow.Function[[float], str]
     ) -> None:
-        handles = await client.submit_many(function, [(10.0,)] * 4)
+        handles = await client.submit_many(function, [(6.0,)] * 4)
         await _running(client, *handles)
         for handle in handles:
             await handle.cancel()
