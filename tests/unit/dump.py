@@ -54,7 +54,8 @@ def _plain(value: Any) -> Any:
             return f"line {value.number}"
         case Struct():
             return _entry(value)
-    return value
+        case _:
+            return value
 
 
 def _entry(value: Any) -> Any:

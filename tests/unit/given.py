@@ -188,9 +188,9 @@ def flow(workflow: str, graph: Mapping[str, Sequence[str]], by: str = "cli", **t
 
 
 def tasks_of(graph: Mapping[str, Sequence[str]], **terms: Any) -> list[events.WorkflowTask]:
+    work: dict[str, Any] = {"function": FUNCTION, **terms}
     return [
-        events.WorkflowTask(task_id=task, dependencies=list(before), **({"function": FUNCTION} | terms))
-        for task, before in graph.items()
+        events.WorkflowTask(task_id=task, dependencies=list(before), **work) for task, before in graph.items()
     ]
 
 
@@ -216,14 +216,15 @@ def elected(epoch: int | None = None, master: str = MASTER) -> Step:
 
 
 def policy(**changes: Any) -> Step:
-    return says(events.PolicyChanged(policy=events.Policy(**({"version": 2} | changes))), MASTER)
+    known: dict[str, Any] = {"version": 2}
+    return says(events.PolicyChanged(policy=events.Policy(**(known | changes))), MASTER)
 
 
 def assigned(task: str, to: str = "w1", epoch: int | None = None, **other: Any) -> Step:
     def step(state: Namespace) -> Said:
         known = state.tasks.get(task)
         worker = state.workers.get(to)
-        named = {
+        named: dict[str, Any] = {
             "attempt": known.attempt + 1 if known else 1,
             "incarnation": worker.incarnation if worker else 1,
         }
@@ -232,7 +233,7 @@ def assigned(task: str, to: str = "w1", epoch: int | None = None, **other: Any) 
     return step
 
 
-def decides(kind: type[Event], task: str, epoch: int | None = None, **other: Any) -> Step:
+def decides(kind: Any, task: str, epoch: int | None = None, **other: Any) -> Step:
     """A decision that names a task and nothing that has to be looked up."""
     return says(kind(id=task, **other), MASTER, epoch)
 
@@ -242,9 +243,11 @@ def stop(task: str, at: str = "w1", **other: Any) -> Step:
 
 
 def retried(task: str, **other: Any) -> Step:
-    return lambda state: Said(
-        MASTER, events.TaskRetried(id=task, **({"attempt": state.tasks[task].attempt} | other))
-    )
+    def step(state: Namespace) -> Said:
+        named: dict[str, Any] = {"attempt": state.tasks[task].attempt}
+        return Said(MASTER, events.TaskRetried(id=task, **(named | other)))
+
+    return step
 
 
 def timed_out(task: str) -> Step:

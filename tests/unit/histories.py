@@ -90,12 +90,16 @@ class History:
         return {
             "priority": chance.choice((0, 250, 500, "high", 1000)),
             "args": chance.choice(([], [1], ["x" * 2_000])),
-            "retry": chance.choice((
-                None,
-                events.Retry(max_attempts=3, backoff_s=0.0, non_retryable=["fatal"]),
-                events.Retry(max_attempts=2, backoff_s=1.5),
-            )),
-            "needs": chance.choice((None, None, events.Needs(cpu=0.3), events.Needs(memory_mb=100, group="g"))),
+            "retry": chance.choice(
+                (
+                    None,
+                    events.Retry(max_attempts=3, backoff_s=0.0, non_retryable=["fatal"]),
+                    events.Retry(max_attempts=2, backoff_s=1.5),
+                )
+            ),
+            "needs": chance.choice(
+                (None, None, events.Needs(cpu=0.3), events.Needs(memory_mb=100, group="g"))
+            ),
             "queue_timeout_s": chance.choice((0.0, 0.0, 0.0, 3.0)),
             "timeout_s": chance.choice((0.0, 9.0)),
         }
@@ -159,11 +163,13 @@ class History:
         known = [*state.tasks, *state.workflows, f"t{self.chance.randint(0, self.names)}", "nobody"]
         name = self.chance.choice(known)
         self.scene.given(
-            self.chance.choice((
-                cancel_requested(name),
-                flow_cancel_requested(name),
-                reprioritized(name, self.chance.choice((0, 700, "urgent"))),
-            ))
+            self.chance.choice(
+                (
+                    cancel_requested(name),
+                    flow_cancel_requested(name),
+                    reprioritized(name, self.chance.choice((0, 700, "urgent"))),
+                )
+            )
         )
 
     def lose(self) -> None:
@@ -196,7 +202,9 @@ class History:
         incarnations = [worker.incarnation for worker in state.workers.values()]
         ahead_ms = chance.choice((-(10**9), 0, 1_000, 2 * ID_AHEAD_MS_MAX))
         some: dict[str, Any] = {
-            "id": chance.choice([*state.tasks, *state.workflows, "t1", "t2", "nobody", uuid_at(state.server_ms + ahead_ms)]),
+            "id": chance.choice(
+                [*state.tasks, *state.workflows, "t1", "t2", "nobody", uuid_at(state.server_ms + ahead_ms)]
+            ),
             "attempt": chance.randint(0, 3),
             "incarnation": chance.choice([*incarnations, 1, 2]),
             "epoch": chance.choice((1, state.epoch, state.epoch + 1, state.epoch + 2)),
@@ -209,7 +217,9 @@ class History:
             "tasks": [events.WorkflowTask(task_id="s", function=FUNCTION)],
             "function": FUNCTION,
             "result": Raw(b"null"),
-            "policy": events.Policy(version=chance.randint(1, 9), losses_max=2, accepting=chance.random() < 0.7),
+            "policy": events.Policy(
+                version=chance.randint(1, 9), losses_max=2, accepting=chance.random() < 0.7
+            ),
             "priority": chance.randint(0, 1000),
             "started_at_ms": 1,
             "reason": "reason",
@@ -233,7 +243,9 @@ class History:
             data[place : place + self.chance.randint(0, 3)] = self.chance.choice(
                 (b"", b"\xff", b"[", b'"', b"9" * 30, b"\\u0000", b"NaN")
             )
-        subject = self.chance.choice((earlier.subject, self.chance.choice(self.scene.messages).subject, "af.x"))
+        subject = self.chance.choice(
+            (earlier.subject, self.chance.choice(self.scene.messages).subject, "af.x")
+        )
         self.scene.write(subject, bytes(data), earlier.headers)
 
 
