@@ -7,22 +7,21 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
 
 import agentflow
-import tests.app  # noqa: F401 - registers the functions
 from agentflow import frames
-from agentflow.bus import Bus
 from agentflow.client.watching import LoggedEvent, logged_events
 from agentflow.domain.fold import fold
 from agentflow.domain.state import Namespace, Verdict
-from agentflow.log.jetstream import JetStreamLog
-from agentflow_nodes.master.node import Master, MasterConfig
+from agentflow_nodes.master.config import MasterConfig
+from agentflow_nodes.master.node import Master
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
+from tests import app
 from tests.eventually import eventually
 from tests.faultproxy import FaultProxy
 from tests.servers import NatsServer
@@ -62,6 +61,7 @@ class Cluster:
         return master
 
     async def worker(self, **config: Any) -> Worker:
+        assert app.add.name in agentflow.registered()
         config = {"url": self.url, "slots": 4, "heartbeat_s": 0.2, "drain_s": 0.5, **config}
         return await self._stack.enter_async_context(Worker(WorkerConfig(**config)))
 
@@ -180,10 +180,3 @@ async def audit(client: agentflow.Client) -> Audit:
         if messages[-1].seq >= last_seq:
             return found
     raise AssertionError("a log never ends")
-
-
-@asynccontextmanager
-async def raw_log(url: str, namespace: str = "default") -> AsyncIterator[tuple[Bus, JetStreamLog]]:
-    """The log without a client."""
-    async with Bus(url, name="raw") as bus, JetStreamLog(bus, namespace) as log:
-        yield bus, log

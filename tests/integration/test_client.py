@@ -13,6 +13,7 @@ import pytest
 
 import agentflow
 from agentflow import frames, wire
+from agentflow.client.client import PATIENCE_S
 from agentflow.events import TaskSubmitted, WorkflowSubmitted, WorkflowTask
 from agentflow.limits import FRAME_BYTES_MAX, INLINE_BYTES_MAX
 from agentflow.log.port import Done, Frame
@@ -815,4 +816,4 @@ async def _limit(client: agentflow.Client, bytes_max: int) -> None:
 
 
 def test_repeating_ends_before_the_server_forgets() -> None:
-    assert agentflow.client.client.PATIENCE_S < DUPLICATE_WINDOW_S
+    assert PATIENCE_S < DUPLICATE_WINDOW_S

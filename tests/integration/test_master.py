@@ -15,7 +15,8 @@ from agentflow.events import LeaderElected, Policy
 from agentflow.limits import FRAME_BYTES_MAX
 from agentflow.log.port import Done, Frame
 from agentflow_nodes.master import leader as leading
-from agentflow_nodes.master.node import Master, MasterConfig
+from agentflow_nodes.master.config import MasterConfig
+from agentflow_nodes.master.node import Master
 from tests.app import add, sleep_async
 from tests.cluster import Cluster, audit
 from tests.eventually import eventually
