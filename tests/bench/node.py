@@ -10,7 +10,8 @@ import uvloop
 
 import tests.bench.app  # noqa: F401  # pyright: ignore[reportUnusedImport] - registers the functions
 from agentflow.client.function import registered
-from agentflow_nodes.master.node import Master, MasterConfig
+from agentflow_nodes.master.config import MasterConfig
+from agentflow_nodes.master.node import Master
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
 

@@ -15,7 +15,8 @@ import agentflow
 from agentflow.bus import Bus
 from agentflow.errors import AgentFlowError
 from agentflow.events import TaskSubmitted
-from agentflow_nodes.master.node import Master, MasterConfig
+from agentflow_nodes.master.config import MasterConfig
+from agentflow_nodes.master.node import Master
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
 from tests.servers import NatsServer, nats_server_binary
