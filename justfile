@@ -47,9 +47,9 @@ test-acceptance *arguments:
 bench *arguments:
     python -m tests.bench.bench "$@"
 
-# Measure other task queues and AgentFlow in the same run; needs redis-server
+# Measure other task queues and AgentFlow in the same run, in an environment of their own; needs redis-server
 bench-peers *arguments:
-    uv run --group peers python -m tests.bench.bench_peers "$@"
+    uv run --isolated --group peers python -m tests.bench.bench_peers "$@"
 
 # Bring the generated parts of the documentation in step with the code
 docs:

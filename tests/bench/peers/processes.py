@@ -34,15 +34,16 @@ _LOG_TAIL_BYTES: Final = 4000
 
 
 @contextlib.contextmanager
-def redis_server() -> Iterator[str]:
-    """A Redis that writes nothing to disk; yields its URL.
+def redis_server(*, fsync: bool = False) -> Iterator[str]:
+    """A Redis that writes nothing to disk, or with `fsync` each write before its answer; yields its URL.
 
-    Neither snapshots nor an append-only file: the fastest Redis can be, and no durability at
-    all. A production queue would rather run with `appendfsync everysec`.
+    Without, neither snapshots nor an append-only file: the fastest Redis can be, and no durability
+    at all. A production queue would rather run with `appendfsync everysec`.
     """
     port = free_port()
+    durability = ("--appendonly", "yes", "--appendfsync", "always") if fsync else ("--appendonly", "no")
     with tempfile.TemporaryDirectory(prefix="peer-redis-") as folder:
-        options = ("--save", "", "--appendonly", "no", "--dir", folder)
+        options = ("--save", "", *durability, "--dir", folder)
         argv = ("redis-server", "--port", str(port), "--bind", "127.0.0.1", *options)
         with running(argv) as server:
             _wait_until_listening(port, server)
@@ -50,20 +51,25 @@ def redis_server() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def nats_server() -> Iterator[str]:
-    """A nats-server with JetStream as it comes, fsync every two minutes; yields its URL."""
+def nats_server(*, fsync: bool = False) -> Iterator[str]:
+    """A nats-server with JetStream, yields its URL.
+
+    As it comes it syncs every two minutes; with `fsync` before each acknowledgement.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="peer-nats-") as folder:
-        argv = (nats_server_binary(), "-js", "-sd", folder, "-a", "127.0.0.1", "-p", str(port))
-        with running(argv) as server:
+        config = Path(folder) / "server.conf"
+        sync = ", sync_interval: always" if fsync else ""
+        config.write_text(f'listen: "127.0.0.1:{port}"\njetstream {{ store_dir: "{folder}/data"{sync} }}\n')
+        with running((nats_server_binary(), "-c", str(config))) as server:
             _wait_until_listening(port, server)
             yield f"nats://127.0.0.1:{port}"
 
 
 @contextlib.contextmanager
-def worker(module: str, *arguments: str, broker_url: str, tally: Path) -> Iterator[Process]:
+def worker(module: str, *arguments: str, broker_url: str, tally: str = "") -> Iterator[Process]:
     """`python -m module arguments…` with what a peer's worker reads from its environment."""
-    env = {BROKER_VARIABLE: broker_url, FOLDER_VARIABLE: str(tally)}
+    env = {BROKER_VARIABLE: broker_url, FOLDER_VARIABLE: tally}
     with running((sys.executable, "-m", module, *arguments), env=env) as process:
         yield process
 

@@ -1,7 +1,7 @@
 """How completions are counted without slowing the peer that is measured.
 
-A result store costs a peer one to three writes for every task. Where a peer runs without one, its
-no-op task adds one to eight bytes of shared memory instead, and the client adds those up. That
+A result store costs a peer one to three writes for every task. Where a peer is measured without one
+(`way.UNRECORDED`), its no-op task adds one to eight bytes of shared memory instead, and the client adds those up. That
 costs less than a microsecond a task, and it is to the peer's advantage: a task counts as done
 when its body ran, before the peer acknowledged it. Every thread of every worker process writes
 a file of its own, so nothing is locked.
