@@ -83,7 +83,7 @@ def test_a_uuid7_lies_between_the_prefixes_of_its_time_and_the_next(made_ms: int
         "",
         "build-7",
         str(uuid.UUID(int=0)),
-        str(uuid.uuid4()),
+        "eeb0aeb8-0489-4437-88bd-41902b4a7599",
         "0190A000-0000-7000-8000-000000000000",
         "0190a000-0000-7000-c000-000000000000",
         "0190a000-0000-7000-8000-00000000000",
