@@ -237,6 +237,7 @@ class Client:
         batch: Sequence[tuple[str, bytes]] = (),
     ) -> None:
         """Write what is submitted; meanwhile already its end may be told."""
+        await self._waiting.room()
         self._waiting.enter(handles)
         try:
             seq = await (self._writer.write(events) if events else self._writer.write_batch(batch))

@@ -22,6 +22,7 @@ from agentflow.client.watching import events
 from agentflow.errors import AgentFlowError, Disconnected, OperatingError
 from agentflow.events import (
     EventRejected,
+    Reason,
     TaskCancelled,
     TaskCompleted,
     TaskFailed,
@@ -57,6 +58,9 @@ _ASK_TIMEOUT_S: Final = 3.0
 _UNKNOWN_MAX: Final = 3
 """Times the leader may not know an id before the whole log is searched for it."""
 
+_SLOW_S_FIRST: Final = 0.1
+_SLOW_S_MAX: Final = 5.0
+"""How long to submit nothing after a rejection as overloaded: the first time, and at most."""
 _ENDS: Final[dict[str, str]] = {
     TaskCompleted.kind: "completed",
     TaskFailed.kind: "failed",
@@ -92,6 +96,8 @@ class Waiting:
         self._asker: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._closed = False
+        self._slow_s = _SLOW_S_FIRST
+        self._slow_until = 0.0
 
     async def close(self) -> None:
         """Whoever waits gets Disconnected."""
@@ -180,10 +186,13 @@ class Waiting:
 
     def _on_notice(self, notice: Notice, newest: Handle[Any]) -> None:
         if notice.state == REJECTED:
+            if notice.error == Reason.OVERLOADED:
+                self._slow_down()
             self._reject(newest, rejected(notice.id, notice.error, notice.message, notice.seq, notice.index))
             return
         if notice.state == DUPLICATE and newest.older is not None:
             return  # submitted twice by us: the first one's notice is still to come
+        self._slow_s = _SLOW_S_FIRST
         outcome = None if notice.state == DUPLICATE else from_notice(notice)
         del self._open[notice.id]
         for handle in _chain(newest):
@@ -191,6 +200,19 @@ class Waiting:
                 self._ask_now(handle)
             else:
                 handle.settle(outcome)
+
+    def _slow_down(self) -> None:
+        """The namespace is overloaded: submit nothing for a while, for longer each time."""
+        now = asyncio.get_running_loop().time()
+        if now >= self._slow_until:
+            self._slow_until = now + self._slow_s
+            self._slow_s = min(2 * self._slow_s, _SLOW_S_MAX)
+
+    async def room(self) -> None:
+        """Wait until submitting makes sense again."""
+        if self._slow_until:
+            await asyncio.sleep(max(0.0, self._slow_until - asyncio.get_running_loop().time()))
+            self._slow_until = 0.0
 
     def _reject(self, newest: Handle[Any], outcome: Outcome) -> None:
         """One of our submissions under this id was not accepted; others may have been."""
