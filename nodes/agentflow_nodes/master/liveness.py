@@ -77,7 +77,7 @@ class Liveness:
     def silences(self, state: Namespace) -> list[Silence]:
         """The workers that have been silent for too long."""
         now = self._clock()
-        if not self._connected or now - self._fresh_at < self._ttl_s:
+        if not self._connected:
             return []
         found = []
         for worker in state.workers.values():
