@@ -127,9 +127,7 @@ _BASE: Final = (
 )
 WAYS = {
     RECORDED: Way(
-        measure_recorded, 6_000, f"{_BASE}; Redis result backend, get_many (MGET) every {_POLL_S} s"
+        measure_recorded, 4_000, f"{_BASE}; Redis result backend, get_many (MGET) every {_POLL_S} s"
     ),
-    UNRECORDED: Way(
-        measure_unrecorded, 10_000, f"{_BASE}; results off, completions counted in shared memory"
-    ),
+    UNRECORDED: Way(measure_unrecorded, 6_000, f"{_BASE}; results off, completions counted in shared memory"),
 }

@@ -95,9 +95,9 @@ _BASE: Final = (
 )
 WAYS = {
     RECORDED: Way(
-        measure_recorded, 10_000, f"{_BASE}; results in the workers' memory, gathered by the client"
+        measure_recorded, 8_000, f"{_BASE}; results in the workers' memory, gathered by the client"
     ),
     UNRECORDED: Way(
-        measure_unrecorded, 12_000, f"{_BASE}; the client waits for its futures, not their values"
+        measure_unrecorded, 10_000, f"{_BASE}; the client waits for its futures, not their values"
     ),
 }

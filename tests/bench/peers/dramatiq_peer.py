@@ -54,8 +54,9 @@ def make_noop(url: str) -> Actor:
 def make_echo(url: str) -> Actor:
     """The task that gives back its number, of a broker that stores results."""
     broker = _broker(url)
-    backend = RedisBackend(url=url)  # type: ignore[no-untyped-call]  # Dramatiq's backends have no types
-    broker.add_middleware(Results(backend=backend))
+    backend = RedisBackend(url=url)
+    results = Results(backend=backend)  # type: ignore[no-untyped-call]  # Dramatiq's results have no types
+    broker.add_middleware(results)
     return dramatiq.actor(actor_name="echo", broker=broker, store_results=True)(_echo)
 
 

@@ -16,7 +16,7 @@ __all__ = ["PACKAGES", "WAYS"]
 WAYS = {
     RECORDED: Way(
         functools.partial(measure_recorded, fsync=True),
-        10_000,
+        5_000,
         f"{SETTINGS_RECORDED}; JetStream with sync_interval always, Redis with appendfsync always",
     )
 }
