@@ -263,10 +263,20 @@ def test_a_worker_that_dies_is_started_again(own_up: Up) -> None:
     assert after["pid"] != worker["pid"]
 
 
+def start_slow(up: Up, folder: Path) -> None:
+    """Let a task run that ends once the file "go" is there."""
+    script = "touch began; while [ ! -e go ]; do sleep 0.05; done; echo done > ended"
+    up.run("submit", "--shell", script, "--cwd", str(folder), "--id", "slow")
+    until((folder / "began").exists)
+
+
 def test_stopping_lets_running_tasks_end(own_up: Up, tmp_path: Path) -> None:
-    own_up.run("submit", "--shell", "sleep 6; echo done > ended", "--cwd", str(tmp_path), "--id", "slow")
-    until(lambda: own_up.json("task", "slow")["state"] == "running")
-    assert own_up.stop() == 0
+    start_slow(own_up, tmp_path)
+    own_up.process.send_signal(signal.SIGTERM)
+    assert own_up.process.stderr is not None
+    assert own_up.process.stderr.readline().startswith("Stopping")
+    (tmp_path / "go").touch()
+    assert own_up.process.wait(STOP_S_MAX) == 0
     assert (tmp_path / "ended").read_text() == "done\n"
 
 
@@ -277,9 +287,22 @@ def test_a_second_ctrl_c_ends_it_at_once(own_up: Up) -> None:
     own_up.process.send_signal(signal.SIGINT)
     assert own_up.process.stderr is not None
     assert "Ctrl-C again" in own_up.process.stderr.readline()
+    later = time.monotonic() + 0.4  # sooner it would be taken for an echo of the first
+    until(lambda: time.monotonic() > later)
     assert own_up.stop(signal.SIGINT) == 130
     _, alive = psutil.wait_procs(children, STOP_S_MAX)
     assert not alive
+
+
+def test_a_signal_delivered_twice_is_one(own_up: Up, tmp_path: Path) -> None:
+    start_slow(own_up, tmp_path)
+    own_up.process.send_signal(signal.SIGTERM)
+    own_up.process.send_signal(signal.SIGINT)
+    assert own_up.process.stderr is not None
+    assert own_up.process.stderr.readline().startswith("Stopping")
+    (tmp_path / "go").touch()
+    assert own_up.process.wait(STOP_S_MAX) == 0
+    assert (tmp_path / "ended").read_text() == "done\n"
 
 
 def test_nothing_outlives_up_when_it_is_killed(own_up: Up) -> None:

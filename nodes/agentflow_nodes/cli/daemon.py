@@ -24,7 +24,10 @@ from agentflow_nodes.cli.output import print_json, say
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 
 _log: Final = logging.getLogger(__name__)
+_ECHO_S: Final = 0.3
+"""What passes signals on (timeout, uv run) often delivers one twice: that is no second wish."""
 _ORPHAN_S: Final = 1.0
+_ORPHAN_S_MAX: Final = 15.0
 """What runs when the supervisor was killed, and the server with it, has nobody to report to."""
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -52,6 +55,7 @@ class Stop:
         self.forced = False
         self._insist = insist
         self._ready = False
+        self._asked_at = 0.0
         self._task: asyncio.Task[Any] | None = None
 
     async def __aenter__(self) -> Self:
@@ -74,8 +78,12 @@ class Stop:
 
     def ask(self) -> None:
         """Somebody wants us to stop."""
+        now = asyncio.get_running_loop().time()
         if self._ready and not self.asked.is_set():
             self.asked.set()
+            self._asked_at = now
+            return
+        if self._ready and now - self._asked_at < _ECHO_S:
             return
         self.forced = True
         if self._ready and self._insist is not None:
@@ -129,6 +137,7 @@ def _watch_supervisor(stop: Stop) -> None:
         loop.remove_reader(0)
         stop.ask()
         loop.call_later(_ORPHAN_S, stop.ask)
+        loop.call_later(_ORPHAN_S_MAX, os._exit, Exit.OPERATING)
 
 
 def default_name(role: str) -> str:
