@@ -53,8 +53,9 @@ GIVE_UP_S: Final = 5.0
 """How long a stopped function may go on before its slot is given to others."""
 _YIELD_AFTER: Final = 32
 """Attempts a slot may run in a row before others get a turn."""
-_STOP_GRACE_S: Final = 3.0
-"""How long a coroutine may take to clean up after its cancellation, before its slot goes on without it."""
+_STOP_GRACE_S: Final = 4.0
+"""How long an attempt may take to end once cancelled, before its slot goes on without it: longer than the
+grace of programs."""
 _LEAVE_S: Final = 5.0
 """How long leaving waits for the log to take the last word."""
 
