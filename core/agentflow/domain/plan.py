@@ -220,7 +220,7 @@ def _candidates(draft: _Draft) -> list[tuple[Rank, _Candidate]]:
     rooms = _rooms(draft)
     turn = Turn(state.last_worker)
     heap: list[tuple[Rank, _Candidate]] = []
-    for line in _open_lines(state) if rooms else ():
+    for line in _open_lines(state):
         candidate = _Candidate(
             state, line, [rooms[worker.name] for worker in line.eligible if worker.name in rooms], turn
         )
