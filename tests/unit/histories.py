@@ -133,6 +133,11 @@ class History:
     def held(self) -> list[Task]:
         return [task for worker in self.scene.state.workers.values() for task in worker.held.values()]
 
+    def lose_others(self, name: str) -> None:
+        """Every worker but one is lost."""
+        for other in [worker for worker in self.scene.state.workers.values() if worker.name != name]:
+            self.scene.carry_out(self.scene.plan(Silence(other.name, other.incarnation, "silent")))
+
     def work(self) -> None:
         """Workers report some of what they hold."""
         held = self.held()
