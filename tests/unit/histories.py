@@ -48,6 +48,7 @@ class History:
         self.chance = random.Random(seed)
         self.names = 0
         self.say_nonsense = True
+        self.garble = True
 
     def run(self, steps: int) -> list[Logged]:
         """Take random steps."""
@@ -70,7 +71,9 @@ class History:
             (1, self.elect),
         ]
         if self.say_nonsense:
-            moves += [(2, self.nonsense), (2, self.mutate)]
+            moves.append((2, self.nonsense))
+        if self.garble:
+            moves.append((2, self.mutate))
         (move,) = self.chance.choices([move for _, move in moves], [weight for weight, _ in moves])
         move()
 

@@ -404,7 +404,7 @@ def reversed_keys(value: Any) -> Any:
 @pytest.mark.parametrize("seed", range(3))
 def test_spelling_does_not_change_the_verdict(seed: int) -> None:
     history = History(seed)
-    history.say_nonsense = seed == 2
+    history.say_nonsense = history.garble = seed == 2
     for message in history.run(100):
         judged = judge(message.subject, message.data, message.headers)
         if judged.whole is None:
