@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from agentflow.connection import DESCRIPTION, STATUS, Connection, Headers, OnMessage, check_subject
+from agentflow.ending import end_tasks
 from agentflow.errors import Disconnected, OperatingError
 from agentflow.logs import get_logger
 
@@ -125,8 +126,7 @@ class Bus:
     ) -> None:
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
-            keeper.cancel()
-            await asyncio.wait([keeper])
+            await end_tasks(keeper)
         if self._connection is not None:
             await self._connection.close()
         self._lose()

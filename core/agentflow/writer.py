@@ -19,6 +19,7 @@ from typing import Final, Self
 from msgspec import Struct
 
 from agentflow import wire
+from agentflow.ending import end_tasks
 from agentflow.errors import AppendRefused, AppendUnknown, InvalidRequest, OperatingError
 from agentflow.events import Event
 from agentflow.frames import TooLarge, compose
@@ -86,8 +87,7 @@ class Writer:
         task, self._task = self._task, None
         if task is None:
             return
-        task.cancel()
-        await asyncio.wait([task])
+        await end_tasks(task)
         left = self._taken + [said for queue in self._queues.values() for said in queue]
         self._queues.clear()
         _tell_error([said for said in left if said.told is not None], AppendUnknown("the writer was closed"))

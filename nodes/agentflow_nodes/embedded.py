@@ -35,6 +35,7 @@ from typing import Any, Final, Literal, Self
 
 import psutil
 
+from agentflow.ending import end_tasks
 from agentflow.errors import OperatingError
 from agentflow.logs import get_logger
 
@@ -152,8 +153,7 @@ class EmbeddedServer:
     ) -> None:
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
-            keeper.cancel()
-            await asyncio.wait([keeper])
+            await end_tasks(keeper)
         run, self._run = self._run, None
         if run is not None:
             await run.stop()

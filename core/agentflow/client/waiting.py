@@ -19,6 +19,7 @@ from agentflow import frames, ids, wire
 from agentflow.bus import Bus
 from agentflow.client.outcome import FINAL, Outcome, from_event, from_notice, rejected
 from agentflow.client.watching import events
+from agentflow.ending import end_tasks
 from agentflow.errors import AgentFlowError, Disconnected, OperatingError
 from agentflow.events import (
     EventRejected,
@@ -103,8 +104,7 @@ class Waiting:
         """Whoever waits gets Disconnected."""
         self._closed = True
         if self._asker is not None:
-            self._asker.cancel()
-            await asyncio.wait([self._asker])
+            await end_tasks(self._asker)
         self._fail_all(Disconnected("the client was closed"))
 
     def enter(self, handles: Iterable[Handle[Any]]) -> None:

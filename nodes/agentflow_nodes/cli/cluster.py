@@ -25,6 +25,7 @@ from msgspec import Struct
 
 from agentflow import wire
 from agentflow.bus import Bus
+from agentflow.ending import end_tasks
 from agentflow.errors import Disconnected
 from agentflow.frames import encode
 from agentflow.notices import StatusRequest
@@ -172,10 +173,7 @@ class Cluster:
                 self._tell(f"{child.name} is back")
 
     async def _stop(self) -> None:
-        for keeper in self._keepers:
-            keeper.cancel()
-        if self._keepers:
-            await asyncio.wait(self._keepers)
+        await end_tasks(*self._keepers)
         patience_s = self.config.drain_s + _KILL_AFTER_S
         await asyncio.gather(*(worker.stop(patience_s) for worker in self._workers))
         if self._master is not None:

@@ -14,6 +14,7 @@ import typer
 
 import agentflow
 from agentflow.domain.life import WorkflowState
+from agentflow.ending import end_tasks
 from agentflow.log.port import Message
 from agentflow_nodes.cli.board import Board, LiveBoard, PlainBoard, QuietBoard
 from agentflow_nodes.cli.cluster import Cluster, ClusterConfig
@@ -118,8 +119,7 @@ async def _follow_to_end(
         await _interrupted(handle, embedded=embedded)
         raise
     finally:
-        following.cancel()
-        await asyncio.wait([following])
+        await end_tasks(following)
     if history.workflows[handle.id].seq <= before:
         board.note(f"{handle.id} ran before, this is what came of it: to run it again, give it another id")
     return history, handle.id

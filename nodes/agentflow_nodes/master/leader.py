@@ -19,6 +19,7 @@ from msgspec.structs import replace
 
 from agentflow import wire
 from agentflow.domain.plan import Plan, Silence, plan
+from agentflow.ending import end_tasks
 from agentflow.errors import OperatingError
 from agentflow.events import Event, LeaderElected, Policy, PolicyChanged, Role, TaskAssigned, TaskQuarantined
 from agentflow.frames import Decision, Judged, TooLarge, compose, encode
@@ -125,8 +126,7 @@ class Leader:
             self.leading = False
             self._awake()
             self._follower.forget()
-            keeper.cancel()
-            await asyncio.wait([keeper])
+            await end_tasks(keeper)
 
     async def _step(self) -> End | None:
         state = self._follower.state

@@ -12,6 +12,7 @@ from typing import Final, Self
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.domain.state import Ended
+from agentflow.ending import end_tasks
 from agentflow.errors import AgentFlowError, LogGone, OperatingError
 from agentflow.frames import encode
 from agentflow.lease import Lease, LeaseStore
@@ -80,10 +81,7 @@ class Master:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stopping = True
-        for task in reversed(self._tasks):
-            task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        await end_tasks(*self._tasks)
         await self._stack.aclose()
 
     @property
@@ -158,8 +156,7 @@ class Master:
                     _log.warning("somebody else holds the lease", master=self.config.name)
                     break
         finally:
-            leading.cancel()
-            await asyncio.wait([leading])
+            await end_tasks(leading)
             self._leader = None
         if not leading.cancelled():
             leading.result()

@@ -23,6 +23,7 @@ from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.checks import Bad
 from agentflow.client.function import Function, registered
+from agentflow.ending import end_tasks
 from agentflow.errors import AgentFlowError, OperatingError
 from agentflow.events import (
     Event,
@@ -115,9 +116,7 @@ class Worker:
         try:
             await self._leave()
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.wait(self._tasks)
+            await end_tasks(*self._tasks)
             await self._end_slots("the worker leaves")
             await self._stack.aclose()
 
@@ -190,9 +189,7 @@ class Worker:
             try:
                 await asyncio.wait([reading, lost], return_when=asyncio.FIRST_COMPLETED)
             finally:
-                lost.cancel()
-                reading.cancel()
-                await asyncio.wait([reading, lost])
+                await end_tasks(lost, reading)
             if not reading.cancelled():
                 reading.result()
             await self._rejoin()
