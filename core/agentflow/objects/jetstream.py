@@ -1,4 +1,4 @@
-"""Large arguments and results: a standard JetStream object store bucket.
+"""The object store in a standard JetStream object store bucket.
 
 The layout is ADR-20's, so `nats object get` and every client's object store read it:
 
@@ -19,50 +19,35 @@ compare-and-set) cannot remove this one behind his back.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import random
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from agentflow import wire
-from agentflow.bus import Bus, Reply
+from agentflow.bus import Bus
 from agentflow.errors import (
     AgentFlowError,
     AppendRefused,
     AppendUnknown,
     Disconnected,
-    InvalidRequest,
     LogGone,
     ObjectMissing,
     OperatingError,
     StreamMismatch,
 )
 from agentflow.events import ObjectRef
-from agentflow.log.publisher import NO_RESPONDERS, ApiError, PubAck, Publisher, read_ack
 from agentflow.log.stream import ApiFailed, StreamInfo, ask, get_message, stream_info
 from agentflow.logs import get_logger
+from agentflow.objects.bucket import BYTES_MAX, CHUNK_BYTES, bucket_config, faults
+from agentflow.objects.meta import Meta, MetaAt, Options, digest_text
+from agentflow.objects.port import OBJECT_BYTES_MAX, check, describe
+from agentflow.objects.writes import Pauses, Write, Writes, now
 
-OBJECT_BYTES_MAX: Final = 256 * 1024 * 1024
-"""Largest object."""
-CHUNK_BYTES: Final = 128 * 1024
-"""Data of one chunk, as ADR-20 proposes."""
-BYTES_MAX: Final = -1
-"""Default hard limit of a bucket: the server's own. A positive one is reserved on its disk."""
-
-_DUPLICATE_WINDOW_S: Final = 120
-# Repeating must end while the server surely remembers the message ids.
-_REPEAT_S_MAX: Final = 60.0
-# A lost connection is told at once; this is for answers lost on a living one.
-_ATTEMPT_TIMEOUT_S: Final = 20.0
 _API_TIMEOUT_S: Final = 5.0
 _READ_S_MAX: Final = 60.0
-_PAUSE_S_FIRST: Final = 0.01
-_PAUSE_S_MAX: Final = 0.5
 # Chunks sent and not acknowledged: 2 MiB.
 _IN_FLIGHT_MAX: Final = 16
 # Chunks asked for at once. A read that finds other objects' chunks between ours asks in vain.
@@ -71,95 +56,13 @@ _READ_AHEAD_MAX: Final = 8
 _CONFLICTS_MAX: Final = 20
 # Chunks that arrived out of order are sent anew, so often.
 _UPLOADS_MAX: Final = 5
-_HASH_INLINE_BYTES_MAX: Final = 1024 * 1024
 
 _WRONG_LAST_SEQUENCE: Final = 10071
 _NAME_IN_USE: Final = 10058
-_TRANSIENT: Final = frozenset(
-    {
-        NO_RESPONDERS,  # no stream, or one without a leader at the moment
-        429,  # too many requests
-        10008,  # JetStream is temporarily unavailable
-        10009,  # the server asked is not the leader
-        10158,  # the message id is in process
-        10164,  # another write to the subject is in flight
-    }
-)
-_DIGEST_PREFIX: Final = "SHA-256="
 
 T = TypeVar("T")
 
 _log = get_logger(__name__)
-
-
-class Objects(Protocol):
-    """Where bytes too large for the log are kept."""
-
-    async def put(self, data: bytes) -> ObjectRef:
-        """Store bytes; when it returns they are stored for good. Storing them again is harmless.
-
-        Raises InvalidRequest (too large), AppendRefused (full, not permitted), AppendUnknown,
-        StreamMismatch, Disconnected.
-        """
-        ...
-
-    async def get(self, ref: ObjectRef) -> bytes:
-        """The bytes, of the size and digest the reference names.
-
-        Raises ObjectMissing if there are none, or others; Disconnected.
-        """
-        ...
-
-
-class MemoryObjectStore:
-    """See `Objects`. Keeps everything in a dict, for tests."""
-
-    def __init__(self) -> None:
-        self._objects: dict[str, bytes] = {}
-
-    async def put(self, data: bytes) -> ObjectRef:
-        """Store bytes; see `Objects`."""
-        ref = await _describe(data)
-        self._objects[ref.name] = data
-        return ref
-
-    async def get(self, ref: ObjectRef) -> bytes:
-        """The bytes; see `Objects`."""
-        data = self._objects.get(ref.name)
-        if data is None:
-            raise ObjectMissing(f"object {ref.name} is not in memory")
-        await _check(ref, data)
-        return data
-
-
-class _Options(Struct, frozen=True, gc=False):
-    max_chunk_size: int = 0
-
-
-class _Meta(Struct, frozen=True, gc=False):
-    """An object's description as ADR-20 stores it; the fields we have no use for are left out."""
-
-    name: str
-    bucket: str
-    nuid: str
-    size: int = 0
-    chunks: int = 0
-    digest: str = ""
-    deleted: bool = False
-    options: _Options | None = None
-
-    def holds(self, ref: ObjectRef) -> bool:
-        """Whether this describes, as a living object, the bytes of `ref`."""
-        return not self.deleted and (self.size, self.digest) == (ref.size, _digest_text(ref.sha256))
-
-
-class _MetaAt(Struct, frozen=True, gc=False):
-    """The last meta message of a name."""
-
-    meta: _Meta | None
-    """None: there is none, or one that nobody can read."""
-    seq: int
-    """Its sequence, 0 if there is none."""
 
 
 class _Put:
@@ -203,12 +106,12 @@ class ObjectStore:
         self._bucket = wire.object_bucket(namespace)
         self._stream = wire.object_stream(namespace)
         self._config = bucket_config(namespace, replicas=replicas, bytes_max=bytes_max)
-        self._publisher = Publisher(bus)
+        self._writes = Writes(bus, self._look_again)
         self._ready = False
 
     async def put(self, data: bytes) -> ObjectRef:
         """Store bytes; see `Objects`."""
-        ref = await _describe(data)
+        ref = await describe(data)
         put = _Put(ref, data)
         for _ in range(_CONFLICTS_MAX):
             await self._ensure_bucket()
@@ -234,7 +137,7 @@ class ObjectStore:
             data = await self._read(ref)
         except LogGone as gone:
             raise ObjectMissing(f"object {ref.name} is not there: {gone}") from gone
-        await _check(ref, data)
+        await check(ref, data)
         return data
 
     # The bucket.
@@ -246,6 +149,10 @@ class ObjectStore:
             if wrong:
                 raise StreamMismatch(f"the bucket {self._bucket} cannot hold objects: " + "; ".join(wrong))
             self._ready = True
+
+    def _look_again(self) -> None:
+        """The bucket may be gone: look, next time."""
+        self._ready = False
 
     async def _open(self) -> StreamInfo:
         try:
@@ -265,7 +172,7 @@ class ObjectStore:
 
     # Writing.
 
-    async def _reuse(self, put: _Put, found: _MetaAt) -> bool:
+    async def _reuse(self, put: _Put, found: MetaAt) -> bool:
         """Keep what is stored already, and make it younger than this call; False: look again."""
         assert found.meta is not None, "nothing is stored"
         if put.first_seq is None:
@@ -276,7 +183,7 @@ class ObjectStore:
             return True
         return False
 
-    async def _replace(self, put: _Put, found: _MetaAt) -> bool:
+    async def _replace(self, put: _Put, found: MetaAt) -> bool:
         """Store chunks, then make them visible instead of what was found; False: look again."""
         if put.first_seq is None:
             put.first_seq = found.seq
@@ -315,19 +222,19 @@ class ObjectStore:
         """Send the chunks at `offsets`, the unknown ones again, until all are acknowledged."""
         subject = wire.object_chunks(self._namespace, nuid)
         writes = [
-            _Write(subject, data[at : at + CHUNK_BYTES], {wire.MSG_ID: f"{nuid}.{at // CHUNK_BYTES}"})
+            Write(subject, data[at : at + CHUNK_BYTES], {wire.MSG_ID: f"{nuid}.{at // CHUNK_BYTES}"})
             for at in offsets
         ]
         try:
-            await self._settle(writes)
+            await self._writes.settle(writes)
         except BaseException:  # cancelled too
             self._discard_later(nuid, writes)
             raise
         return [write.seq for write in writes]
 
-    async def _store_meta(self, meta: _Meta, expected_seq: int) -> bool:
+    async def _store_meta(self, meta: Meta, expected_seq: int) -> bool:
         """Make the object visible; False if somebody wrote that name since we looked."""
-        write = _Write(
+        write = Write(
             wire.object_meta(self._namespace, meta.name),
             msgspec.json.encode(meta),
             {
@@ -337,7 +244,7 @@ class ObjectStore:
             },
         )
         try:
-            await self._settle([write])
+            await self._writes.settle([write])
         except AppendRefused as refused:
             # Our own write, repeated, is refused like that too: who looks again finds it.
             if refused.code == _WRONG_LAST_SEQUENCE:
@@ -349,49 +256,15 @@ class ObjectStore:
             raise
         return True
 
-    async def _settle(self, writes: Sequence[_Write]) -> None:
-        """Send in order, and again what is unknown, byte for byte, until all are stored.
-
-        Raises AppendRefused, AppendUnknown.
-        """
-        deadline = _now() + _REPEAT_S_MAX
-        pauses = _Pauses()
-        while unsettled := [write for write in writes if not write.seq]:
-            try:
-                await self._bus.wait_connected(max(deadline - _now(), 0.0))
-                await self._send(unsettled)
-            except Disconnected as error:
-                for write in unsettled:
-                    write.in_doubt |= write.answer is not None
-                    write.detail = str(error)
-            if all(write.seq for write in unsettled):
-                return
-            if _now() > deadline:
-                raise _given_up(unsettled)
-            await pauses.wait()
-
-    async def _send(self, writes: Sequence[_Write]) -> None:
-        await self._bus.wait_writable()
-        for write in writes:
-            write.answer = self._publisher.send(
-                write.subject, write.data, write.headers, timeout_s=_ATTEMPT_TIMEOUT_S
-            )
-        # Unlike awaiting them this leaves the answers alone when we are cancelled.
-        await asyncio.wait([write.answer for write in writes if write.answer is not None])
-        for write in writes:
-            write.judge()
-            if write.code == NO_RESPONDERS:
-                self._ready = False  # the bucket may be gone: look, next time
-
-    def _meta_of(self, ref: ObjectRef, nuid: str) -> _Meta:
-        return _Meta(
+    def _meta_of(self, ref: ObjectRef, nuid: str) -> Meta:
+        return Meta(
             name=ref.name,
             bucket=self._bucket,
             nuid=nuid,
             size=ref.size,
             chunks=-(-ref.size // CHUNK_BYTES),
-            digest=_digest_text(ref.sha256),
-            options=_Options(max_chunk_size=CHUNK_BYTES),
+            digest=digest_text(ref.sha256),
+            options=Options(max_chunk_size=CHUNK_BYTES),
         )
 
     def _discard(self, nuid: str | None, *, unless: str = "") -> None:
@@ -404,7 +277,7 @@ class ObjectStore:
         except AgentFlowError as error:
             _log.warning("chunks left behind", bucket=self._bucket, nuid=nuid, error=str(error))
 
-    def _discard_later(self, nuid: str, writes: Sequence[_Write]) -> None:
+    def _discard_later(self, nuid: str, writes: Sequence[Write]) -> None:
         """Discard once all answers are in: a purge overtakes chunks under way."""
         answers = [write.answer for write in writes if write.answer is not None]
         asyncio.gather(*answers, return_exceptions=True).add_done_callback(lambda _: self._discard(nuid))
@@ -413,7 +286,7 @@ class ObjectStore:
 
     async def _read(self, ref: ObjectRef) -> bytes:
         """The object's chunks, joined. Raises ObjectMissing, LogGone, Disconnected."""
-        missing: _Meta | None = None
+        missing: Meta | None = None
         for _ in range(_CONFLICTS_MAX):
             meta = await self._find(ref)
             if missing is not None and missing.nuid == meta.nuid:
@@ -424,7 +297,7 @@ class ObjectStore:
             missing = meta  # unless it was stored anew under our eyes
         raise ObjectMissing(f"object {ref.name} in {self._bucket} lacks some of its chunks")
 
-    async def _find(self, ref: ObjectRef) -> _Meta:
+    async def _find(self, ref: ObjectRef) -> Meta:
         """The object's description. Raises ObjectMissing, LogGone, Disconnected."""
         meta = (await self._persist(lambda: self._look(ref.name))).meta
         if meta is None or meta.deleted:
@@ -433,22 +306,22 @@ class ObjectStore:
         if not meta.holds(ref):
             raise ObjectMissing(
                 f"object {ref.name} in {self._bucket} is another one: expected {ref.size} bytes of"
-                f" {_digest_text(ref.sha256)}, found {meta.size} of {meta.digest}"
+                f" {digest_text(ref.sha256)}, found {meta.size} of {meta.digest}"
             )
         return meta
 
-    async def _look(self, name: str) -> _MetaAt:
+    async def _look(self, name: str) -> MetaAt:
         """The last meta message of a name, from the stream's leader. Raises LogGone, Disconnected."""
         query = {"last_by_subj": wire.object_meta(self._namespace, name)}
         message = await get_message(self._bus, self._stream, query, _API_TIMEOUT_S)
         if message is None:
-            return _MetaAt(None, 0)
+            return MetaAt(None, 0)
         try:
-            return _MetaAt(msgspec.json.decode(message.data, type=_Meta), message.seq)
+            return MetaAt(msgspec.json.decode(message.data, type=Meta), message.seq)
         except msgspec.DecodeError:
-            return _MetaAt(None, message.seq)
+            return MetaAt(None, message.seq)
 
-    async def _is_whole(self, meta: _Meta) -> bool:
+    async def _is_whole(self, meta: Meta) -> bool:
         """Whether as many chunks are there as the object has."""
         subject = wire.object_chunks(self._namespace, meta.nuid)
         request, query = f"STREAM.INFO.{self._stream}", {"subjects_filter": subject}
@@ -460,7 +333,7 @@ class ObjectStore:
             raise LogGone(str(failed)) from failed
         return answer.state.subjects.get(subject, 0) == meta.chunks
 
-    async def _read_chunks(self, meta: _Meta) -> bytes | None:
+    async def _read_chunks(self, meta: Meta) -> bytes | None:
         """All chunks in order; None if some are not there.
 
         Who asks for the first chunk at or after each of the next sequences gets every chunk
@@ -503,177 +376,16 @@ class ObjectStore:
 
     async def _persist(self, call: Callable[[], Awaitable[T]]) -> T:
         """Repeat a reading call until it is answered. Raises Disconnected when time has run out."""
-        deadline = _now() + _READ_S_MAX
-        pauses = _Pauses()
+        deadline = now() + _READ_S_MAX
+        pauses = Pauses()
         while True:
             try:
                 return await call()
             except Disconnected:
-                if _now() > deadline:
+                if now() > deadline:
                     raise
             await pauses.wait()
 
 
-class _Write:
-    """A message to store, and what is known of its fate."""
-
-    def __init__(self, subject: str, data: bytes, headers: dict[str, str]) -> None:
-        self.subject: Final = subject
-        self.data: Final = data
-        self.headers: Final = headers
-        self.answer: asyncio.Future[Reply | None] | None = None
-        """To the last attempt."""
-        self.seq = 0
-        """Where it is stored; 0: not known yet."""
-        self.in_doubt = False
-        """Whether an attempt was sent whose fate is unknown."""
-        self.code = 0
-        self.detail = "no attempt was made"
-
-    def judge(self) -> None:
-        """Take note of the answer. Raises AppendRefused if it is final."""
-        assert self.answer is not None, "nothing was sent"
-        match read_ack(self.answer.result()):
-            case PubAck(seq=seq):
-                self.seq = seq
-                self.code = 0
-            case ApiError(code=code, err_code=err_code, description=description):
-                self.code = err_code or code
-                self.detail = description
-                if self.code not in _TRANSIENT:
-                    raise AppendRefused(self.code, f"{self.subject}: {description}")
-            case None:
-                self.in_doubt = True
-                self.code = 0
-                self.detail = "no acknowledgement came"
-
-
-class _Pauses:
-    """Growing, jittered pauses between attempts."""
-
-    def __init__(self) -> None:
-        self._limit_s = _PAUSE_S_FIRST
-
-    async def wait(self) -> None:
-        """Wait a while, longer each time."""
-        await asyncio.sleep(random.uniform(0, self._limit_s))
-        self._limit_s = min(self._limit_s * 2, _PAUSE_S_MAX)
-
-
-def bucket_config(namespace: str, *, replicas: int, bytes_max: int) -> dict[str, Any]:
-    """The configuration of a namespace's bucket."""
-    return {
-        "name": wire.object_stream(namespace),
-        "subjects": wire.object_subjects(namespace),
-        "storage": "file",
-        "retention": "limits",
-        "discard": "new",
-        "num_replicas": replicas,
-        "max_bytes": bytes_max,
-        "max_msgs": -1,
-        "max_msgs_per_subject": -1,
-        "max_age": 0,
-        "max_msg_size": -1,
-        "max_consumers": -1,
-        "duplicate_window": _DUPLICATE_WINDOW_S * 1_000_000_000,
-        "compression": "none",
-        "allow_direct": True,
-        # ADR-20: a meta message replaces the one before it.
-        "allow_rollup_hdrs": True,
-        "deny_delete": False,
-        "deny_purge": False,
-        "sealed": False,
-        "no_ack": False,
-        "mirror_direct": False,
-        "allow_atomic": False,
-        "allow_msg_ttl": False,
-        "allow_msg_schedules": False,
-        "allow_msg_counter": False,
-        "allow_batched": False,
-        "discard_new_per_subject": False,
-    }
-
-
-# Options of an existing bucket that must be as ours: others would lose or damage objects.
-_ESSENTIAL: Final = (
-    "storage", "retention", "discard", "allow_rollup_hdrs", "deny_purge", "sealed", "no_ack",
-    "allow_msg_counter",
-)  # fmt: skip
-_MUST_BE_UNSET: Final = ("mirror", "sources", "subject_transform", "persist_mode")
-_UNLIMITED: Final = ("max_msgs_per_subject", "max_msgs")
-
-
-def faults(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Why an existing bucket cannot be used, in words. The server leaves out what is off."""
-    wrong = [
-        f"{option}: expected {expected[option]!r}, found {found.get(option)!r}"
-        for option in _ESSENTIAL
-        if found.get(option, False) != expected[option]
-    ]
-    wrong += [
-        f"{option}: expected unset, found {found[option]!r}" for option in _MUST_BE_UNSET if found.get(option)
-    ]
-    wrong += [
-        f"{option}: expected no limit, found {found[option]}"
-        for option in _UNLIMITED
-        if found.get(option, -1) > 0
-    ]
-    lacking = set(expected["subjects"]) - set(found.get("subjects") or ())
-    if lacking:
-        wrong.append(f"subjects: {sorted(lacking)} missing, found {found.get('subjects')}")
-    if 0 < found.get("max_msg_size", -1) < CHUNK_BYTES + 4096:
-        wrong.append(f"max_msg_size: {found['max_msg_size']} is less than a chunk")
-    if found.get("duplicate_window", 0) < _REPEAT_S_MAX * 1_000_000_000:
-        wrong.append(
-            f"duplicate_window: expected {_REPEAT_S_MAX} s or more, found {found.get('duplicate_window')} ns"
-        )
-    return wrong
-
-
-async def _describe(data: bytes) -> ObjectRef:
-    """The reference of bytes. Raises InvalidRequest if they are too many."""
-    if len(data) > OBJECT_BYTES_MAX:
-        raise InvalidRequest(f"an object of {len(data)} bytes, at most {OBJECT_BYTES_MAX} are stored")
-    sha256 = await _sha256(data)
-    return ObjectRef(name=sha256, size=len(data), sha256=sha256)
-
-
-async def _check(ref: ObjectRef, data: bytes) -> None:
-    """Raises ObjectMissing unless these are the bytes the reference names."""
-    if len(data) != ref.size:
-        raise ObjectMissing(f"object {ref.name}: expected {ref.size} bytes, found {len(data)}")
-    sha256 = await _sha256(data)
-    if sha256 != ref.sha256:
-        raise ObjectMissing(f"object {ref.name}: expected bytes of SHA-256 {ref.sha256}, found {sha256}")
-
-
-async def _sha256(data: bytes) -> str:
-    """The hex digest; of many bytes in a thread, since hashing them takes long."""
-    if len(data) <= _HASH_INLINE_BYTES_MAX:
-        return hashlib.sha256(data).hexdigest()
-    return await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
-
-
-def _digest_text(sha256: str) -> str:
-    """A hex digest as ADR-20 writes it; of what is no hex digest, something that equals none."""
-    try:
-        return _DIGEST_PREFIX + base64.urlsafe_b64encode(bytes.fromhex(sha256)).decode()
-    except ValueError:
-        return f"not a digest: {sha256}"
-
-
-def _given_up(unsettled: Sequence[_Write]) -> OperatingError:
-    """The error when time has run out."""
-    worst = next((write for write in unsettled if write.in_doubt), unsettled[0])
-    text = f"{len(unsettled)} messages, first on {worst.subject}: {worst.detail}"
-    if worst.in_doubt:
-        return AppendUnknown(f"not acknowledged within {_REPEAT_S_MAX} s: {text}")
-    return AppendRefused(worst.code, text) if worst.code else Disconnected(f"not sent: {text}")
-
-
 def _bound(call: Callable[[str, int], Awaitable[T]], subject: str, seq: int) -> Callable[[], Awaitable[T]]:
     return lambda: call(subject, seq)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
