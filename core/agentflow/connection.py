@@ -67,9 +67,6 @@ class Connection:
         self._client = _Client(self._transport)
         self._unsent: list[bytes] = []
         self._unsent_bytes = 0
-        # uvloop gathers what is written in one turn of the loop by itself; asyncio would send each
-        # command with a system call of its own.
-        self._gathers = type(asyncio.get_running_loop()).__module__.startswith("uvloop")
 
     async def open(self, url: str, *, name: str, timeout_s: float) -> None:
         """Connect to `url`. Raises Disconnected; the connection is then dead."""
@@ -194,9 +191,6 @@ class Connection:
         return self._unsent_bytes + self._transport.backlog()
 
     def _write(self, command: bytes) -> None:
-        if self._gathers:
-            self._transport.send([command])
-            return
         if not self._unsent:
             asyncio.get_running_loop().call_soon(self._send)
         self._unsent.append(command)
