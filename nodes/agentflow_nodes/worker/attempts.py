@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -79,6 +80,8 @@ class Attempts:
         self._objects = objects
         self._processes = ProcessRunner(tail_bytes=_TAIL_BYTES)
         self._runner = FunctionRunner(threads=config.slots, processes=config.slots, mark=self._processes.mark)
+        # Marks our programs among all of this machine, other workers' and other namespaces' included.
+        self._nonce = secrets.token_hex(8)
         self._numbers = itertools.count(1)
         self._folder = Path()
         self._environment: dict[str, str] = {}
@@ -185,7 +188,7 @@ class Attempts:
                 env=env,
                 cwd=assigned.cwd or None,
                 timeout_s=assigned.timeout_s or None,
-                token=f"{assigned.incarnation}-{number}",
+                token=f"{self._nonce}-{number}",
             )
             run.started_at_ms = exited.started_at_ms
             ended = outcome.of_exit(exited, assigned.timeout_s or None)
