@@ -92,7 +92,6 @@ class Room:
         quick_slots = self.worker.slots - self.slow
         return (
             quick_us > 0
-            and quick_slots > 0
             and self.held < self.worker.slots + self.worker.ahead
             and self.quick_us + quick_us <= policy.ahead_ms * 1000 * quick_slots
         )
