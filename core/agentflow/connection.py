@@ -266,7 +266,12 @@ class _Client(Client):
         if callback is None:
             return
         try:
-            callback(subject.decode(), data, reply.decode(), parse_headers(headers) if headers else None)
+            callback(
+                subject.decode(errors="replace"),
+                data,
+                reply.decode(errors="replace"),
+                parse_headers(headers) if headers else None,
+            )
         except Exception:  # noqa: BLE001 - it must not end the read loop, which serves everybody else
             _log.exception("a message callback failed", subject=subject.decode(errors="replace"))
 

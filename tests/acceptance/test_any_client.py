@@ -58,8 +58,9 @@ class Socket:
     def subscribe(self, subject: str, sid: int) -> None:
         self._writer.write(f"SUB {subject} {sid}\r\n".encode())
 
-    def publish(self, subject: str, data: bytes, reply: str = "") -> None:
-        self._writer.write(f"PUB {subject} {reply} {len(data)}\r\n".encode() + data + b"\r\n")
+    def publish(self, subject: str | bytes, data: bytes, reply: str = "") -> None:
+        named = subject.encode() if isinstance(subject, str) else subject
+        self._writer.write(b"PUB " + named + f" {reply} {len(data)}\r\n".encode() + data + b"\r\n")
 
     async def heard(self, part: str) -> Any:
         """The first message whose subject holds a part."""
@@ -262,6 +263,15 @@ async def _still_works(client: agentflow.Client) -> None:
 
 
 class TestBadInput:
+    async def test_a_subject_that_is_no_text_stops_nothing(self, running: Cluster) -> None:
+        client = await running.client()
+        async with Socket(running.server.port) as socket:
+            socket.publish(b"af.default.task.submitted.\xff\xfe", b'{"shell":"true"}')
+            socket.publish(b"af.default.task.submitted.cli", b'{"id":"after","shell":"true"}')
+            assert await client.task("after").result(SOON_S) is None
+        found = await audit(client)
+        assert [logged.bad.reason for logged in found.events if logged.bad] == ["bad_subject"]
+
     async def test_of_clients_is_answered_with_position_and_reason(self, running: Cluster) -> None:
         client = await running.client()
         sent: dict[int, tuple[str, str]] = {}

@@ -65,6 +65,7 @@ class Leader:
         self._follower = follower
         self._name = config.name
         self._config = config
+        self._replicas = config.replicas
         self._silences = silences
         self._nonce = secrets.token_urlsafe(9)
         self._numbers = itertools.count(1)
@@ -89,6 +90,7 @@ class Leader:
         contested: False, and `deposed` is set.
         """
         subject = wire.elected(self._log.namespace)
+        self._replicas = (await self._log.identity()).replicas
         last = await self._log.last(subject)
         last_seq = last.seq if last is not None else 0
         await self._folded(last_seq)
@@ -203,7 +205,7 @@ class Leader:
             for (kind, actor), events in made.decisions.items()
             for frame in self._frames(kind, actor, events, decision)
         ]
-        if self._config.replicas > 1:
+        if self._replicas > 1:
             for frame in frames:
                 end = self._judge_append(await self._append(frame))
                 if end is not None:
