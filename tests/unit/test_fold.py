@@ -273,7 +273,7 @@ def test_not_even_when_the_servers_clock_goes_back(back_ms: int) -> None:
 
 
 def test_ids_ahead_of_the_log_are_remembered_in_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentflow.domain.fold.EARLY_IDS_MAX", 5)
+    monkeypatch.setattr("agentflow.domain.asked.EARLY_IDS_MAX", 5)
     monkeypatch.setattr(states, "CLOSED_IDS_MAX", 3)
     scene = at_work()
     verdicts: list[Verdict] = []

@@ -1,0 +1,158 @@
+"""What the leader decides.
+
+Only a leader whose epoch is the highest so far decides. This is checked here although the
+log itself refuses a deposed leader's writes: twice is not too often. A decision made before
+the leader had read what overtook it is superseded and changes nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, assert_never
+
+from agentflow import wire
+from agentflow.domain.life import State
+from agentflow.domain.state import APPLIED, SUPERSEDED, At, Kind, Namespace, Verdict
+from agentflow.domain.steps import end, leave_queue, lose, make_ready
+from agentflow.events import (
+    EventRejected,
+    LeaderElected,
+    PolicyChanged,
+    Reason,
+    TaskAssigned,
+    TaskCancelled,
+    TaskQuarantined,
+    TaskRetried,
+    TaskStop,
+    TaskTimedOut,
+    WorkerLost,
+    WorkflowCompleted,
+)
+
+
+def leader_elected(state: Namespace, event: LeaderElected, at: At) -> Verdict:
+    """Another leader, if its epoch is the next."""
+    if at.actor != wire.ELECTED_ACTOR or event.epoch != state.epoch + 1:
+        return Verdict(
+            Kind.QUARANTINED, Reason.CONFLICT, f"epoch {event.epoch} does not follow {state.epoch}"
+        )
+    state.epoch = event.epoch
+    state.leader = event.master
+    state.elected_seq = at.seq
+    return APPLIED
+
+
+def decided(state: Namespace, event: Any, at: At) -> Verdict:  # noqa: C901, PLR0911 - it only routes
+    """A decision of the leader; it counts only while no other has been elected."""
+    if at.epoch != state.epoch:
+        return Verdict(Kind.SUPERSEDED, Reason.UNFENCED, f"epoch {at.epoch} decided while {state.epoch} led")
+    match event:
+        case TaskAssigned():
+            return _task_assigned(state, event, at)
+        case TaskStop():
+            return _task_stop(state, event)
+        case TaskRetried():
+            return _task_retried(state, event)
+        case TaskTimedOut():
+            return _task_timed_out(state, event, at)
+        case TaskCancelled():
+            return _task_cancelled(state, event, at)
+        case TaskQuarantined():
+            return _task_quarantined(state, event, at)
+        case WorkerLost():
+            return _worker_lost(state, event)
+        case PolicyChanged():
+            state.policy = event.policy
+            return APPLIED
+        case EventRejected():
+            return APPLIED if state.answers.pop((event.seq, event.index), None) else SUPERSEDED
+        case WorkflowCompleted():
+            return APPLIED if state.announcements.pop(event.id, None) else SUPERSEDED
+        case _ as never:
+            assert_never(never)
+
+
+def _task_assigned(state: Namespace, event: TaskAssigned, at: At) -> Verdict:
+    task = state.tasks.get(event.id)
+    worker = state.workers.get(at.actor)
+    if task is None or task.state is not State.READY or event.attempt != task.attempt + 1:
+        return SUPERSEDED
+    if worker is None or worker.incarnation != event.incarnation:
+        return SUPERSEDED
+    if task.ticket:
+        state.queue.remove(task)
+    task.state = State.RUNNING
+    task.attempt = event.attempt
+    task.worker = worker
+    task.started = task.stopping = False
+    task.quick_us = quick_us = state.quick_us(task)
+    worker.quick_us += quick_us
+    worker.slow += not quick_us
+    worker.held[task.id] = task
+    worker.assigned_seq = at.seq
+    worker.suspects += task.suspect
+    state.last_worker = worker.name
+    state.running += 1
+    demand = task.terms.demand
+    if not demand.plain:
+        worker.used_cpu += demand.cpu
+        worker.used_memory_mb += demand.memory_mb
+        worker.used_gpus += demand.gpus
+    return APPLIED
+
+
+def _task_stop(state: Namespace, event: TaskStop) -> Verdict:
+    task = state.tasks.get(event.id)
+    if task is None or task.state is not State.RUNNING or task.attempt != event.attempt:
+        return SUPERSEDED
+    task.stopping = True
+    state.cancels.pop(task.id, None)
+    return APPLIED
+
+
+def _task_retried(state: Namespace, event: TaskRetried) -> Verdict:
+    task = state.tasks.get(event.id)
+    if task is None or task.state is not State.PENDING or not task.due_ms or task.attempt != event.attempt:
+        return SUPERSEDED
+    task.due_ms = 0
+    make_ready(state, task)
+    return APPLIED
+
+
+def _task_timed_out(state: Namespace, event: TaskTimedOut, at: At) -> Verdict:
+    task = state.tasks.get(event.id)
+    if task is None or task.state is not State.READY:
+        return SUPERSEDED
+    leave_queue(state, task)
+    task.error = "queue_timeout"
+    end(state, task, State.FAILED, at, event)
+    return APPLIED
+
+
+def _task_cancelled(state: Namespace, event: TaskCancelled, at: At) -> Verdict:
+    task = state.tasks.get(event.id)
+    if task is None or task.state not in _CANCELLABLE:
+        return SUPERSEDED
+    leave_queue(state, task)
+    end(state, task, State.CANCELLED, at, event)
+    return APPLIED
+
+
+_CANCELLABLE: Final = frozenset({State.PENDING, State.READY})
+
+
+def _task_quarantined(state: Namespace, event: TaskQuarantined, at: At) -> Verdict:
+    task = state.tasks.get(event.id)
+    if task is None or task.state is not State.READY:
+        return SUPERSEDED
+    leave_queue(state, task)
+    task.error = f"quarantined: {event.reason}"
+    end(state, task, State.FAILED, at, event)
+    return APPLIED
+
+
+def _worker_lost(state: Namespace, event: WorkerLost) -> Verdict:
+    worker = state.workers.get(event.worker)
+    if worker is None or worker.incarnation != event.incarnation:
+        return SUPERSEDED
+    lose(state, worker)
+    return APPLIED
