@@ -15,14 +15,24 @@ from msgspec import Struct
 from agentflow.domain.queue import Line
 from agentflow.domain.state import Memory, Namespace, Task, Timer, Worker, Workflow
 
-_INDEXES: Final = {"newest", "ended", "queue", "terms", "backoffs", "deadlines", "closed", "workers_version"}
+_INDEXES: Final = {
+    "newest",
+    "ended",
+    "queue",
+    "terms",
+    "unused_terms",
+    "backoffs",
+    "deadlines",
+    "closed",
+    "workers_version",
+}
 
 
 def dump(state: Namespace) -> bytes:
     """The state, as JSON."""
     shown = {name: _plain(value) for name, value in vars(state).items() if name not in _INDEXES}
     shown["queue"] = _queue(state)
-    shown["terms"] = [[terms.users, _plain(terms)] for terms in state.terms.values()]
+    shown["terms"] = [[terms.users, _plain(terms)] for terms in state.terms.values() if terms.users]
     shown["closed"] = _closed(state.closed)
     shown["backoffs"] = _timers(state.backoffs, Task.backs_off_until)
     shown["deadlines"] = _timers(state.deadlines, lambda task, _: task.awaits_first_start)

@@ -18,6 +18,7 @@ from agentflow import events, wire
 from agentflow.domain import state as states
 from agentflow.domain.life import State, WorkflowState
 from agentflow.domain.state import APPLIED, DUPLICATE, SUPERSEDED, Kind, Memory, Namespace, Verdict
+from agentflow.domain.tasks import UNUSED_TERMS_MAX
 from agentflow.events import Reason
 from agentflow.frames import encode
 from agentflow.limits import (
@@ -171,8 +172,17 @@ def test_terms_are_kept_once_and_given_back() -> None:
     assert len(scene.state.terms) == 1
     for n in range(9):
         scene.given(assigned(f"a{n}"), completed(f"a{n}"))
-    assert not scene.state.terms
-    assert not scene.state.queue.lines
+    assert [terms.users for terms in scene.state.terms.values()] == [0]
+    assert scene.state.terms == scene.state.unused_terms
+
+
+def test_terms_nobody_uses_are_forgotten_in_time() -> None:
+    scene = at_work()
+    for n in range(UNUSED_TERMS_MAX + 5):
+        scene.given(submitted("a", title="", queue_timeout_s=float(n + 1)), assigned("a"), completed("a"))
+        scene.state.closed.current.clear()
+    assert len(scene.state.terms) == len(scene.state.unused_terms) == UNUSED_TERMS_MAX
+    assert len(scene.state.queue.lines) == 1
 
 
 # Overload ------------------------------------------------------------------------------
@@ -185,7 +195,7 @@ def test_a_nearly_full_log_takes_no_submissions() -> None:
     assert scene.when(submitted("a")) == DUPLICATE
     assert scene.when(assigned("a")) == APPLIED
     assert scene.when(completed("a")) == APPLIED
-    assert not scene.state.queue.lines
+    assert not scene.state.tasks
 
 
 def test_too_many_open_tasks() -> None:

@@ -668,7 +668,7 @@ def test_whatever_happens_everything_ends_once_the_cluster_works(seed: int) -> N
             break
     assert not scene.state.tasks
     assert not scene.state.workflows
-    assert not scene.state.terms
+    assert scene.state.terms == scene.state.unused_terms
     assert not scene.state.cancels
     assert not scene.state.struck
     assert not scene.state.answers

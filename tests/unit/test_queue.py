@@ -113,8 +113,8 @@ def test_a_line_nobody_waits_in_is_forgotten() -> None:
     scene.given(cancel_requested("a"))
     assert not lines(scene)
     scene.lead()
-    assert not scene.state.queue.lines
-    assert not scene.state.terms
+    assert not scene.state.queue.waiting
+    assert not scene.state.queue.parked
 
 
 def test_depth_by_priority() -> None:

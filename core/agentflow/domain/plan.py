@@ -65,13 +65,19 @@ class Plan(Struct, frozen=True):
 def plan(state: Namespace, now_ms: int, silences: Sequence[Silence] = ()) -> Plan:
     """What the leader does at log time `now_ms`."""
     draft = _Draft(state, now_ms)
-    _lose(draft, silences)
-    _cancel(draft)
-    _time_out(draft)
-    _retry(draft)
+    if silences:
+        _lose(draft, silences)
+    if state.cancels:
+        _cancel(draft)
+    if state.deadlines:
+        _time_out(draft)
+    if state.backoffs:
+        _retry(draft)
     _quarantine(draft)
-    _answer(draft)
-    _announce(draft)
+    if state.answers:
+        _answer(draft)
+    if state.announcements:
+        _announce(draft)
     if state.queue.size:
         _assign(draft)
     return Plan(draft.decisions, _wake_ms(state, now_ms))

@@ -320,7 +320,7 @@ class Memory:
 class Namespace:
     """The state of one namespace: what `evolve` changes and `plan` reads."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str) -> None:  # noqa: PLR0915 - one line for each part of the state
         self.name = name
         self.seq = 0
         """Everything up to this sequence is folded."""
@@ -346,6 +346,8 @@ class Namespace:
         self.queue = Queue()
         self.running = 0
         self.terms: dict[tuple[Any, ...], Terms] = {}
+        self.unused_terms: dict[tuple[Any, ...], Terms] = {}
+        """Those of `terms` that no open task has, the longest unused first."""
         self.expectations: dict[str, int] = {}
         """Learnt run time in microseconds, by function or script."""
         self.backoffs: list[Timer] = []

@@ -15,6 +15,9 @@ from agentflow.domain.state import At, Namespace, Payload, Task, Terms
 from agentflow.events import Needs, Retry, Work, WorkflowSubmitted, WorkflowTask
 from agentflow.limits import FOLD_BYTES_MAX
 
+UNUSED_TERMS_MAX: Final = 128
+"""Terms kept although no open task has them."""
+
 _encode: Final = msgspec.json.Encoder(order="deterministic").encode
 
 
@@ -69,16 +72,27 @@ def _terms(state: Namespace, work: Work, client: str, notify: str) -> Terms:
     terms = state.terms.get(key)
     if terms is None:
         terms = state.terms[key] = _new_terms(state, key, work, client, notify)
+    elif not terms.users:
+        del state.unused_terms[key]
     terms.users += 1
     return terms
 
 
 def release_terms(state: Namespace, terms: Terms) -> None:
-    """A task with these terms is gone."""
+    """A task with these terms is gone.
+
+    Terms nobody uses are kept for a while: whoever sends one task after the other sends the
+    next one under the same.
+    """
     terms.users -= 1
-    if not terms.users:
-        state.queue.close(terms.line)
-        del state.terms[terms.key]
+    if terms.users:
+        return
+    unused = state.unused_terms
+    unused[terms.key] = terms
+    if len(unused) > UNUSED_TERMS_MAX:
+        oldest = unused.pop(next(iter(unused)))
+        state.queue.close(oldest.line)
+        del state.terms[oldest.key]
 
 
 def _needs_key(needs: Needs) -> tuple[Any, ...]:

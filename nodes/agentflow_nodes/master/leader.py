@@ -71,7 +71,10 @@ class Leader:
         self._numbers = itertools.count(1)
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
-        """Set while at rest."""
+        self._at_rest = False
+        """There was nothing to do when it was last looked at."""
+        self._awaited_seq = 0
+        """Nothing is to be done before this is folded."""
         self._made: tuple[int, int, Plan] | None = None
         """A plan made on being woken: the position it is made on, log time, the plan."""
         self._fence = Fence(wire.elected(log.namespace), 0)
@@ -126,7 +129,8 @@ class Leader:
                     return end
         finally:
             self.leading = False
-            self._awake()
+            if self._timer is not None:
+                self._timer.cancel()
             self._follower.forget()
             await end_tasks(keeper)
 
@@ -136,7 +140,7 @@ class Leader:
             return End.DEPOSED
         self._wake.clear()
         if state.seq < self._written_seq:
-            await self._wake.wait()
+            await self._folded(self._written_seq)
             return None
         now_ms = self._follower.now_ms
         if self._accepting is not None:
@@ -148,9 +152,10 @@ class Leader:
             made = plan(state, now_ms, self._silences())
         if made:
             return await self._write(made, now_ms)
-        self._sleep(made.wake_ms, now_ms)
+        self._look_again_by(made.wake_ms, now_ms)
+        self._at_rest = True
         await self._wake.wait()
-        self._awake()
+        self._at_rest = False
         return None
 
     def wake(self) -> None:
@@ -158,27 +163,20 @@ class Leader:
 
         Most of what is folded calls for nothing: then a leader at rest is left alone.
         """
-        if self._timer is not None:
+        state = self._follower.state
+        if state.seq < self._awaited_seq:
+            return
+        if self._at_rest and self._accepting is None and state.elected_seq == self._fence.seq:
             now_ms = self._follower.now_ms
-            if self._resting():
-                made = plan(self._follower.state, now_ms)
-                if not made:
-                    self._sleep(made.wake_ms, now_ms)
-                    return
-                self._made = (self._follower.state.seq, now_ms, made)
-            self._awake()
+            made = plan(state, now_ms)
+            if not made:
+                self._look_again_by(made.wake_ms, now_ms)
+                return
+            self._made = (state.seq, now_ms, made)
         self._wake.set()
 
-    def _resting(self) -> bool:
-        state = self._follower.state
-        return (
-            state.elected_seq == self._fence.seq
-            and state.seq >= self._written_seq
-            and self._accepting is None
-        )
-
-    def _sleep(self, wake_ms: int | None, now_ms: int) -> None:
-        """Rest until woken, or until there is something to do by then."""
+    def _look_again_by(self, wake_ms: int | None, now_ms: int) -> None:
+        """Wake by a log time, and now and then in any case: workers may have fallen silent."""
         wait_s = _WAKE_S_MAX if wake_ms is None else min(max(wake_ms - now_ms, 1) / 1000, _WAKE_S_MAX)
         loop = asyncio.get_running_loop()
         until = loop.time() + wait_s
@@ -191,11 +189,6 @@ class Leader:
     def _look_again(self) -> None:
         self._timer = None
         self._wake.set()
-
-    def _awake(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     async def _write(self, made: Plan, now_ms: int) -> End | None:
         state = self._follower.state
@@ -315,6 +308,7 @@ class Leader:
 
     async def _folded(self, seq: int) -> None:
         """Wait until everything up to `seq` is folded."""
+        self._awaited_seq = seq
         while self._follower.state.seq < seq:
             self._wake.clear()
             await self._wake.wait()
