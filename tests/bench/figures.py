@@ -20,6 +20,7 @@ from agentflow import frames, wire
 from agentflow.bus import Bus
 from agentflow.events import Needs, TaskSubmitted
 from agentflow.log.publisher import PubAck, Publisher
+from tests.bench import relay
 from tests.bench.app import noop, total
 from tests.bench.noop import measure
 from tests.bench.stack import ROOT, Stack
@@ -54,8 +55,17 @@ async def noop8_tasks(runs: int, tasks: int) -> Figures:
     return {"noop8_tasks_per_s": statistics.median(found)}
 
 
-async def latency(seconds: float) -> Figures:
-    """One task at a time, 100 a second, from submit to result; and chains of three tasks."""
+async def latency(seconds: float, rounds: int) -> Figures:
+    """One task at a time, 100 a second, from submit to result; and chains of three tasks.
+
+    In the same rounds the relay: three bare messages on the same way.
+    """
+    found = [await _latency_round(seconds) for _ in range(rounds)]
+    return {name: statistics.median(one[name] for one in found) for name in found[0]}
+
+
+async def _latency_round(seconds: float) -> Figures:
+    bare = await relay.measure(int(seconds * 100), 100)
     async with Stack() as stack, agentflow.Client(stack.url, name="bench") as client:
 
         async def single(number: int) -> None:
@@ -63,17 +73,20 @@ async def latency(seconds: float) -> Figures:
 
         async def chain(number: int) -> None:
             flow = agentflow.Workflow()
-            last = flow.add(noop, flow.add(noop, flow.add(noop, number)))
+            flow.add(noop, flow.add(noop, flow.add(noop, number)))
             handle = await client.submit_workflow(flow)
-            assert (await handle.outcome()).state == "completed", last
+            assert (await handle.outcome()).state == "completed"
 
-        await _paced(single, 2.0, 100)
+        await _paced(single, 1.0, 100)
         singles = await _paced(single, seconds, 100)
         await _paced(chain, 1.0, 50)
         chains = await _paced(chain, seconds, 50)
     return {
         "latency_p50_ms": percentile(singles, 0.50) * 1000,
         "latency_p99_ms": percentile(singles, 0.99) * 1000,
+        "relay_p50_ms": percentile(bare, 0.50) * 1000,
+        "relay_p99_ms": percentile(bare, 0.99) * 1000,
+        "latency_ratio_to_relay": percentile(singles, 0.50) / percentile(bare, 0.50),
         "chain3_p50_ms": percentile(chains, 0.50) * 1000,
         "chain3_p99_ms": percentile(chains, 0.99) * 1000,
     }
@@ -306,7 +319,7 @@ def all_figures(quick: Any) -> dict[str, Callable[[], Awaitable[Figures]]]:
     return {
         "noop": lambda: noop_tasks(few, 200_000 // share),
         "noop8": lambda: noop8_tasks(few, 200_000 // share),
-        "latency": lambda: latency(2.0 if quick else 10.0),
+        "latency": lambda: latency(2.0 if quick else 8.0, few),
         "singles": lambda: singles(1.0 if quick else 4.0, few),
         "fan": lambda: fan(few, 10_000),
         "infeasible": lambda: infeasible(few, 100_000 // share, 200_000 // share),
