@@ -13,8 +13,9 @@ A function becomes a task, and a client hands over calls of it:
         assert await handle.result() == 3
 """
 
+from typing import TYPE_CHECKING, Any
+
 from agentflow.client.client import Client, LoggedEvent
-from agentflow.client.files import WorkflowFile, load_workflow
 from agentflow.client.function import AsyncFunction, Function, SyncFunction, registered, task
 from agentflow.client.handle import Handle, WorkflowHandle
 from agentflow.client.outcome import Outcome
@@ -39,6 +40,9 @@ from agentflow.errors import (
     TaskSkipped,
 )
 from agentflow.events import Needs, Retry
+
+if TYPE_CHECKING:
+    from agentflow.client.files import WorkflowFile, load_workflow
 
 __version__ = "0.1.0"
 
@@ -78,3 +82,13 @@ __all__ = [
     "registered",
     "task",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what reads workflow files when it is asked for: many programs never do (PEP 562)."""
+    if name in {"WorkflowFile", "load_workflow"}:
+        from agentflow.client import files  # noqa: PLC0415
+
+        return getattr(files, name)
+    message = f"module {__name__!r} has no attribute {name!r}"
+    raise AttributeError(message)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Final, NamedTuple, NoReturn
 
 import msgspec
@@ -75,8 +75,20 @@ class TooLarge(ValueError):
 _encoder: Final = msgspec.json.Encoder()
 encode: Final = _encoder.encode
 decode_any: Final = msgspec.json.Decoder().decode
-_many: Final = {kind: msgspec.json.Decoder(list[event]) for kind, event in KINDS.items()}  # type: ignore[valid-type]
-_one: Final = {kind: msgspec.json.Decoder(event) for kind, event in KINDS.items()}
+
+
+@cache
+def _many(kind: str) -> msgspec.json.Decoder[list[Event]]:
+    """Decodes an array of events of a kind. Made when first needed: there are many kinds."""
+    return msgspec.json.Decoder(list[KINDS[kind]])  # type: ignore[valid-type]
+
+
+@cache
+def _one(kind: str) -> msgspec.json.Decoder[Event]:
+    """Decodes one event of a kind."""
+    return msgspec.json.Decoder(KINDS[kind])
+
+
 _DECISION: Final = re.compile(r"([0-9]{1,18}) ([0-9]{1,18}) ([0-9]{1,18}) ([0-9]{1,9})")
 # It matches from any quote on, to the end if need be: one that could fail would be tried
 # again from every later quote.
@@ -143,10 +155,10 @@ def _canonical(kind: str, data: bytes) -> list[Event] | None:
         return None
     try:
         if data[0] == _ARRAY:
-            events: list[Event] = _many[kind].decode(data)
+            events: list[Event] = _many(kind).decode(data)
             same = encode(events) == data
         else:
-            events = [_one[kind].decode(data)]
+            events = [_one(kind).decode(data)]
             same = encode(events[0]) == data
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return None
@@ -243,7 +255,7 @@ def _strict_event(kind: str, value: Any) -> Event | Bad:
     if reason is not None:
         return Bad(reason, _EXPLAINED[reason], shown)
     try:
-        event = _one[kind].decode(encode(value))
+        event = _one(kind).decode(encode(value))
     except (msgspec.MsgspecError, ValueError) as error:
         return Bad(Reason.BAD_TYPE, _short(error), shown)
     bad = check(event)

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Final, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar
 
 import msgspec
 from msgspec import structs
@@ -20,8 +20,6 @@ from msgspec import structs
 from agentflow import frames, ids, wire
 from agentflow.bus import Bus
 from agentflow.checks import check
-from agentflow.client import workflow as workflows
-from agentflow.client.files import WorkflowFile
 from agentflow.client.function import Function
 from agentflow.client.handle import Handle, WorkflowHandle
 from agentflow.client.outcome import Outcome
@@ -51,6 +49,9 @@ from agentflow.objects import ObjectStore
 from agentflow.writer import FRAME_EVENTS_GOOD, Writer
 
 __all__ = ["DEFAULT_URL", "PATIENCE_S", "Client", "LoggedEvent", "logged_events"]
+
+if TYPE_CHECKING:
+    from agentflow.client.shapes import WorkflowFile
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -159,7 +160,9 @@ class Client:
         if isinstance(flow, Workflow):
             event = flow.event(workflow_id, self._token)
         else:
-            event = workflows.from_file(flow, workflow_id, self._token)
+            from agentflow.client.submission import from_file  # noqa: PLC0415 - see there
+
+            event = from_file(flow, workflow_id, self._token)
         fault = dags.fault(event.tasks)
         if fault is not None:
             raise InvalidRequest(f"{fault[0]}: {fault[1]}")

@@ -17,14 +17,11 @@ from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 from msgspec import structs
 
-from agentflow.client.files import WorkflowFile
 from agentflow.client.function import Function
-from agentflow.client.shapes import Argv, Shell, TaskFile
-from agentflow.client.shapes import Function as FunctionRun
 from agentflow.client.values import as_json
 from agentflow.domain.workflows import AT_KEY, RESULT_KEY, uses
 from agentflow.errors import InvalidRequest
-from agentflow.events import Needs, Retry, WorkflowSubmitted, WorkflowTask
+from agentflow.events import WorkflowSubmitted, WorkflowTask
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -130,43 +127,6 @@ class Workflow:
             tasks=list(self._tasks.values()),
             notify=notify,
         )
-
-
-def from_file(file: WorkflowFile, workflow_id: str, notify: str) -> WorkflowSubmitted:
-    """What is submitted for a workflow read from a file."""
-    return WorkflowSubmitted(
-        id=workflow_id,
-        name=file.name,
-        description=file.description,
-        tasks=[_task_from_file(task) for task in file.tasks],
-        notify=notify,
-    )
-
-
-def _task_from_file(task: TaskFile) -> WorkflowTask:
-    return WorkflowTask(
-        task_id=task.task_id,
-        dependencies=list(task.dependencies),
-        title=task.title,
-        priority=task.priority,
-        env=task.env,
-        cwd=task.cwd,
-        needs=Needs(**structs.asdict(task.needs)) if task.needs else None,
-        retry=Retry(**structs.asdict(task.retry)) if task.retry else None,
-        timeout_s=float(task.timeout_s),
-        queue_timeout_s=float(task.queue_timeout_s),
-        **_run(task),
-    )
-
-
-def _run(task: TaskFile) -> dict[str, Any]:
-    match task.run:
-        case FunctionRun(name=name, args=args, kwargs=kwargs):
-            return {"function": name, "args": args, "kwargs": kwargs}
-        case Shell(script=script):
-            return {"shell": script}
-        case Argv(argv=argv):
-            return {"argv": argv}
 
 
 def _plain(value: Any) -> Any:
