@@ -28,7 +28,6 @@ from agentflow.client.waiting import Waiting
 from agentflow.client.watching import LoggedEvent, logged_events
 from agentflow.client.watching import events as logged
 from agentflow.client.workflow import Workflow
-from agentflow.domain import workflows as dags
 from agentflow.errors import Disconnected, InvalidRequest
 from agentflow.events import (
     Event,
@@ -46,6 +45,7 @@ from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Log
 from agentflow.notices import StatusReply
 from agentflow.objects import ObjectStore
+from agentflow.references import uses
 from agentflow.writer import FRAME_EVENTS_GOOD, Writer
 
 __all__ = ["DEFAULT_URL", "PATIENCE_S", "Client", "LoggedEvent", "logged_events"]
@@ -163,11 +163,13 @@ class Client:
             from agentflow.client.submission import from_file  # noqa: PLC0415 - see there
 
             event = from_file(flow, workflow_id, self._token)
-        fault = dags.fault(event.tasks)
+        from agentflow.domain.workflows import fault as fault_of  # noqa: PLC0415 - few programs need it
+
+        fault = fault_of(event.tasks)
         if fault is not None:
             raise InvalidRequest(f"{fault[0]}: {fault[1]}")
         _require_sound(event)
-        tasks = [task if dags.uses(task) else await outsourced(task, self.objects) for task in event.tasks]
+        tasks = [task if uses(task) else await outsourced(task, self.objects) for task in event.tasks]
         batch = _workflow_frames(structs.replace(event, tasks=tasks))
         handle = WorkflowHandle(self, workflow_id, [task.task_id for task in tasks])
         handle.chosen = bool(flow.id)

@@ -19,9 +19,9 @@ from msgspec import structs
 
 from agentflow.client.function import Function
 from agentflow.client.values import as_json
-from agentflow.domain.workflows import AT_KEY, RESULT_KEY, uses
 from agentflow.errors import InvalidRequest
 from agentflow.events import WorkflowSubmitted, WorkflowTask
+from agentflow.references import AT_KEY, RESULT_KEY, uses
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
 
 from agentflow import ids
 from agentflow.domain import dag
 from agentflow.domain.life import State, WorkflowState
 from agentflow.domain.state import At, Namespace, Node, Workflow
 from agentflow.domain.tasks import new_task
-from agentflow.events import Reason, Work, WorkflowSubmitted, WorkflowTask
+from agentflow.events import Reason, WorkflowSubmitted, WorkflowTask
 from agentflow.limits import WORKFLOW_EDGES_MAX, WORKFLOW_TASKS_MAX
-
-RESULT_KEY: Final = "$result"
-AT_KEY: Final = "at"
+from agentflow.references import uses
 
 
 def fault(tasks: Sequence[WorkflowTask]) -> tuple[Reason, str] | None:
@@ -35,28 +32,6 @@ def fault(tasks: Sequence[WorkflowTask]) -> tuple[Reason, str] | None:
             wanted = ", ".join(sorted(strangers))[:200]
             return Reason.BAD_DAG, f"{task.task_id} uses the result of {wanted} without depending on it"
     return None
-
-
-def uses(work: Work) -> tuple[str, ...]:
-    """Task ids whose results the work's arguments name, in order of appearance."""
-    found: dict[str, None] = {}
-    for value in (work.args, work.kwargs, work.argv, work.env):
-        if value:
-            found.update(dict.fromkeys(_references(value)))
-    return tuple(found)
-
-
-def _references(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        named = value.get(RESULT_KEY)
-        if isinstance(named, str) and value.keys() <= {RESULT_KEY, AT_KEY}:
-            yield named
-            return
-        value = value.values()
-    elif not isinstance(value, list):
-        return
-    for item in value:
-        yield from _references(item)
 
 
 def build(

@@ -13,7 +13,6 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from agentflow import frames
-from agentflow.domain.workflows import AT_KEY, RESULT_KEY
 from agentflow.errors import ObjectMissing, Rejection
 from agentflow.events import (
     Input,
@@ -28,6 +27,7 @@ from agentflow.events import (
 from agentflow.ids import TASK_SEPARATOR
 from agentflow.log.port import Log
 from agentflow.objects import ObjectStore
+from agentflow.references import AT_KEY, RESULT_KEY
 
 _decode: Final = frames.decode_any
 
