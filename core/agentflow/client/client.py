@@ -11,6 +11,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar
 
@@ -44,7 +45,6 @@ from agentflow.limits import FRAME_BYTES_MAX, WORKFLOW_PARTS_MAX
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Log
 from agentflow.notices import StatusReply
-from agentflow.objects import ObjectStore
 from agentflow.references import uses
 from agentflow.writer import FRAME_EVENTS_GOOD, Writer
 
@@ -52,6 +52,7 @@ __all__ = ["DEFAULT_URL", "PATIENCE_S", "Client", "LoggedEvent", "logged_events"
 
 if TYPE_CHECKING:
     from agentflow.client.shapes import WorkflowFile
+    from agentflow.objects import ObjectStore
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,11 +89,18 @@ class Client:
         self.name: Final = name
         self.bus: Final = Bus(url, name=f"agentflow client {name}")
         self.log: Final[Log] = JetStreamLog(self.bus, namespace, replicas=replicas)
-        self.objects: Final = ObjectStore(self.bus, namespace, replicas=replicas)
+        self._replicas: Final = replicas
         self._writer = Writer(self.log, name, patience_s=PATIENCE_S)
         self._token: Final = secrets.token_hex(8)
         self._waiting = Waiting(self.bus, self.log, name)
         self._stack = AsyncExitStack()
+
+    @cached_property
+    def objects(self) -> ObjectStore:
+        """Where arguments and results too large for the log are; loaded when there is one."""
+        from agentflow.objects import ObjectStore  # noqa: PLC0415 - most programs have none
+
+        return ObjectStore(self.bus, self.namespace, replicas=self._replicas)
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:

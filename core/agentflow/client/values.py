@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 from msgspec import structs
@@ -13,7 +13,9 @@ from agentflow.checks import check
 from agentflow.errors import InvalidRequest
 from agentflow.events import TaskSubmitted, Work
 from agentflow.limits import INLINE_BYTES_MAX
-from agentflow.objects import ObjectStore
+
+if TYPE_CHECKING:
+    from agentflow.objects import ObjectStore
 
 W = TypeVar("W", bound=Work)
 
