@@ -15,9 +15,9 @@ import pytest
 
 from agentflow import wire
 from agentflow.errors import LogGone
+from agentflow.limits import FRAME_BYTES_MAX
 from agentflow.log.port import (
     BATCH_FRAMES_MAX,
-    FRAME_BYTES_MAX,
     Done,
     Fence,
     Frame,

@@ -7,6 +7,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import UNSET, Raw, Struct
 
+from agentflow.domain import life
 from agentflow.errors import SubmissionRejected, TaskCancelled, TaskError, TaskFailed, TaskSkipped
 from agentflow.events import ObjectRef, WorkflowCompleted
 from agentflow.events import TaskCancelled as TaskCancelledEvent
@@ -17,7 +18,7 @@ from agentflow.events import TaskTimedOut as TaskTimedOutEvent
 from agentflow.notices import REJECTED, Notice
 
 _NULL: Final = Raw(b"null")
-FINAL: Final = frozenset({"completed", "failed", "skipped", "cancelled", REJECTED})
+FINAL: Final = frozenset({*life.FINAL, REJECTED})
 
 
 class Outcome(Struct, frozen=True, gc=False):

@@ -25,10 +25,10 @@ from typing import Final, TypeAlias, assert_never
 
 from msgspec import Struct
 
+from agentflow.domain.life import FINAL
+
 Graph: TypeAlias = Mapping[str, Sequence[str]]
 
-FINAL: Final = frozenset({"completed", "failed", "skipped", "cancelled"})
-"""The states a task does not leave."""
 
 SHOWN_MAX: Final = 12
 """Most tasks of a cycle that `describe` names; the middle of a longer one is left out."""

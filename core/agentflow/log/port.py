@@ -18,8 +18,6 @@ from typing import Final, Protocol, Self
 
 from msgspec import Struct
 
-FRAME_BYTES_MAX: Final = 512 * 1024
-"""Largest data of one message."""
 BATCH_FRAMES_MAX: Final = 900
 """Most frames of one atomic append (the server's own limit is 1,000)."""
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Final
 
 from agentflow import wire
-from agentflow.log.port import BATCH_FRAMES_MAX, FRAME_BYTES_MAX, Fence, Frame, Message, Reason, Refused
+from agentflow.limits import FRAME_BYTES_MAX
+from agentflow.log.port import BATCH_FRAMES_MAX, Fence, Frame, Message, Reason, Refused
 
 DUPLICATE_WINDOW_S: Final = 120
 """Within it a repeated write is recognised by its message id; repeating must end before it does."""

@@ -18,7 +18,8 @@ from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.connection import parse_headers
 from agentflow.errors import Disconnected, LogGone, OperatingError, StreamMismatch
-from agentflow.log.port import FRAME_BYTES_MAX, Identity, Message
+from agentflow.limits import FRAME_BYTES_MAX
+from agentflow.log.port import Identity, Message
 from agentflow.log.publisher import ApiError
 from agentflow.log.stored import DUPLICATE_WINDOW_S
 

@@ -53,7 +53,6 @@ class Master:
         self._caught_up = asyncio.Event()
         self._target_seq = 0
         self._stack = AsyncExitStack()
-        self._stopping = False
 
     async def __aenter__(self) -> Self:
         gc.set_threshold(*_GC_THRESHOLD)
@@ -80,7 +79,6 @@ class Master:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stopping = True
         await end_tasks(*self._tasks)
         await self._stack.aclose()
 
