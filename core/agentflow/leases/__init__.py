@@ -1,0 +1,1 @@
+"""Leases: keys that disappear unless their holder writes them again."""
