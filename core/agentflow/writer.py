@@ -57,16 +57,23 @@ class Writer:
     ever, for workers, whose outcomes nobody else knows. `grouped` lets events of one kind
     overtake others where their order does not matter: a worker's. What was said first still
     decides what comes next, so that no kind waits for ever; but starts come before outcomes.
+    `nonce` sets this writer's message ids apart from all others'; only who repeats a run gives one.
     """
 
     def __init__(
-        self, log: Log, actor: str, *, grouped: bool = False, patience_s: float | None = None
+        self,
+        log: Log,
+        actor: str,
+        *,
+        grouped: bool = False,
+        patience_s: float | None = None,
+        nonce: str = "",
     ) -> None:
         self._log = log
         self._actor = actor
         self._grouped = grouped
         self._patience_s = patience_s
-        self._nonce = secrets.token_urlsafe(9)
+        self._nonce = nonce or secrets.token_urlsafe(9)
         self._numbers = itertools.count(1)
         self._said = itertools.count(1)
         # By kind; all in one if they are not grouped.

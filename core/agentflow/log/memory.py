@@ -1,9 +1,12 @@
 """The log in memory: the same promises, no server, no disk, no clock.
 
 Several `MemoryLog`s on one `MemoryServer` see the same log, as several processes do. Time
-moves only when told (`MemoryServer.advance`), and every fault is ordered in advance
-(`MemoryServer.inject`), so a run repeats exactly. It behaves like one replica: a fence is
-checked before duplicates are.
+moves only when told (`MemoryServer.advance`) or with a clock that is handed over, and every
+fault is ordered in advance (`MemoryServer.inject`), so a run repeats exactly. It behaves like
+one replica: a fence is checked before duplicates are.
+
+Nodes that are to be apart from the server, by latency or a partition, are put there by who
+simulates the network: what reaches the server is stored by `MemoryLog.arrive`.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import enum
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from functools import lru_cache
+from itertools import islice
 from types import TracebackType
 from typing import Final, Self
 
@@ -49,16 +54,23 @@ class Fault(enum.Enum):
 class MemoryServer:
     """What a nats-server is for `JetStreamLog`s: the place where the logs are."""
 
-    def __init__(self) -> None:
-        self.now_ns = _EPOCH_NS
+    def __init__(self, clock: Callable[[], float] = lambda: 0.0) -> None:
+        self._clock = clock
+        self._ahead_ns = _EPOCH_NS
+        """What the time is ahead of the clock."""
         self.streams: Final[dict[str, MemoryStream]] = {}
         self._faults: deque[Fault | Refused] = deque()
         self._open = asyncio.Event()
         self._open.set()
 
+    @property
+    def now_ns(self) -> int:
+        """The server's time, nanoseconds since 1970 UTC."""
+        return self._ahead_ns + int(self._clock() * 1e9)
+
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
-        self.now_ns += int(seconds * 1e9)
+        """Let time pass; with less than 0 s the server's clock is set back."""
+        self._ahead_ns += int(seconds * 1e9)
 
     def inject(self, *faults: Fault | Refused) -> None:
         """The next appends, one each, end like this; a `Refused` is answered as it is."""
@@ -83,8 +95,8 @@ class MemoryServer:
         self.streams.pop(namespace).wake()
 
     def tick(self) -> int:
-        """The time now; no two calls get the same."""
-        self.now_ns += _TICK_NS
+        """The time now; no two calls get the same, unless the clock was set back."""
+        self._ahead_ns += _TICK_NS
         return self.now_ns
 
     async def admit(self) -> Fault | Refused | None:
@@ -106,7 +118,8 @@ class MemoryStream:
         self.bytes = 0
         self._seq_by_id: dict[str, int] = {}
         self._last_by_subject: dict[str, int] = {}
-        self._readers: set[asyncio.Event] = set()
+        # In the order in which they came: sets have another one in every process.
+        self._readers: dict[asyncio.Event, None] = {}
 
     @property
     def first_seq(self) -> int:
@@ -118,9 +131,20 @@ class MemoryStream:
         at = seq - self.first_seq
         return self.messages[at] if 0 <= at < len(self.messages) else None
 
+    def after(self, seq: int) -> list[Message]:
+        """The messages after sequence `seq`."""
+        count = min(self.last_seq - seq, len(self.messages))
+        latest = list(islice(reversed(self.messages), count))
+        latest.reverse()
+        return latest
+
     def last(self, subject: str) -> Message | None:
         """The last message on `subject`."""
         return self.message(self._last_by_subject.get(subject, 0))
+
+    def find(self, msg_id: str, after: int) -> int | None:
+        """Sequence of the message stored under the message id after sequence `after`."""
+        return next((each.seq for each in self.after(after) if msg_id_of(each) == msg_id), None)
 
     def known(self, msg_id: str, now_ns: int) -> int | None:
         """Sequence stored under the message id within the window for duplicates."""
@@ -171,11 +195,11 @@ class MemoryStream:
     async def wait(self) -> None:
         """Wait until something changes."""
         changed = asyncio.Event()
-        self._readers.add(changed)
+        self._readers[changed] = None
         try:
             await changed.wait()
         finally:
-            self._readers.discard(changed)
+            del self._readers[changed]
 
 
 class MemoryLog:
@@ -233,10 +257,7 @@ class MemoryLog:
 
     async def find(self, msg_id: str, *, after: int) -> int | None:
         """Sequence of the message stored under `msg_id` after sequence `after`, or None."""
-        for message in self._stream().messages:
-            if message.seq > after and msg_id_of(message) == msg_id:
-                return message.seq
-        return None
+        return self._stream().find(msg_id, after)
 
     async def read(self, seq: int) -> Message | None:
         """The message at `seq`, or None if it is not there."""
@@ -250,6 +271,7 @@ class MemoryLog:
         self, after: int, *, subjects: Sequence[str] = ()
     ) -> AsyncGenerator[list[Message], None]:
         """Everything after sequence `after`; see the port."""
+        patterns = tuple(subjects)
         while True:
             stream = self._stream()
             if stream.created_ns != self._created_ns:
@@ -263,39 +285,15 @@ class MemoryLog:
             if stream.last_seq == after:
                 await stream.wait()
                 continue
-            arrived = [message for message in stream.messages if message.seq > after]
+            wanted = stream.after(after)
             after = stream.last_seq
-            wanted = [
-                message for message in arrived if not subjects or _matches_any(subjects, message.subject)
-            ]
+            if patterns:
+                wanted = [message for message in wanted if _matches_any(patterns, message.subject)]
             if wanted:
                 yield wanted
 
-    def _stream(self) -> MemoryStream:
-        stream = self._server.streams.get(self._namespace)
-        if stream is None:
-            raise LogGone(f"there is no stream {wire.stream(self._namespace)}")
-        return stream
-
-    async def _append(self, frames: Sequence[Frame], fence: Fence | None) -> Appended:
-        assert frames, "nothing to append"
-        refused = oversize(frames)
-        if refused is not None:
-            return refused
-        fault = await self._server.admit()
-        if isinstance(fault, Refused):
-            return fault
-        if fault is Fault.LOST_UNKNOWN:
-            return Unknown("no acknowledgement came")
-        result = self._store(frames, fence)
-        if not isinstance(result, Done) or fault is None:
-            return result
-        repeatable = all(frame.msg_id is not None for frame in frames)
-        if fault is Fault.ACK_LOST and repeatable:
-            return Done(result.seq, duplicate=True)
-        return Unknown("no acknowledgement came")
-
-    def _store(self, frames: Sequence[Frame], fence: Fence | None) -> Appended:
+    def arrive(self, frames: Sequence[Frame], fence: Fence | None) -> Appended:
+        """What the server does, now, with frames that reach it."""
         try:
             stream = self._stream()
         except LogGone as gone:
@@ -313,6 +311,30 @@ class MemoryLog:
             stream.store(frame, fence if number == 0 else None, now_ns)
         return Done(stream.last_seq)
 
+    def _stream(self) -> MemoryStream:
+        stream = self._server.streams.get(self._namespace)
+        if stream is None:
+            raise LogGone(f"there is no stream {wire.stream(self._namespace)}")
+        return stream
+
+    async def _append(self, frames: Sequence[Frame], fence: Fence | None) -> Appended:
+        assert frames, "nothing to append"
+        refused = oversize(frames)
+        if refused is not None:
+            return refused
+        fault = await self._server.admit()
+        if isinstance(fault, Refused):
+            return fault
+        if fault is Fault.LOST_UNKNOWN:
+            return Unknown("no acknowledgement came")
+        result = self.arrive(frames, fence)
+        if not isinstance(result, Done) or fault is None:
+            return result
+        repeatable = all(frame.msg_id is not None for frame in frames)
+        if fault is Fault.ACK_LOST and repeatable:
+            return Done(result.seq, duplicate=True)
+        return Unknown("no acknowledgement came")
+
     def _known(self, stream: MemoryStream, frames: Sequence[Frame], now_ns: int) -> bool:
         return any(frame.msg_id is not None and stream.known(frame.msg_id, now_ns) for frame in frames)
 
@@ -329,7 +351,8 @@ class MemoryLog:
         return Done(first + len(frames) - 1, duplicate=True)
 
 
-def _matches_any(patterns: Sequence[str], subject: str) -> bool:
+@lru_cache(maxsize=4_096)
+def _matches_any(patterns: tuple[str, ...], subject: str) -> bool:
     tokens = subject.split(".")
     return any(_matches(pattern.split("."), tokens) for pattern in patterns)
 
