@@ -22,12 +22,19 @@ from types import TracebackType
 from typing import Final, Self
 from urllib.parse import urlsplit
 
-from msgspec import Struct
-
-from agentflow.connection import DESCRIPTION, STATUS, Connection, Headers, OnMessage, check_subject
+from agentflow.connection import (
+    Connection,
+    Headers,
+    OnMessage,
+    check_subject,
+    without_password,
+)
 from agentflow.ending import end_tasks
-from agentflow.errors import Disconnected, OperatingError
+from agentflow.errors import Disconnected, InvalidRequest, OperatingError
+from agentflow.inbox import NOT_PERMITTED, Inbox, Reply
 from agentflow.logs import get_logger
+
+__all__ = ["Bus", "Reply", "Subscription", "servers_of"]
 
 # A pause before each attempt, drawn from [0, limit): a thousand workers must not come back at once.
 _PAUSE_S_FIRST: Final = 0.1
@@ -35,34 +42,15 @@ _PAUSE_S_MAX: Final = 2.0
 _ATTEMPT_TIMEOUT_S: Final = 5.0
 # A connection that ends sooner counts as a failed attempt.
 _LIFE_S_MIN: Final = 5.0
+# A server that answers nobody is left for another at most this often: an election may take as long.
+_MOVE_INTERVAL_S: Final = 10.0
 # Connections are checked this often for a death that gave no sign.
 _WATCH_INTERVAL_S: Final = 1.0
 
 _NO_RESPONDERS: Final = "503"
-_NOT_PERMITTED: Final = "403"
 _VIOLATION: Final = re.compile(r'permissions violation for publish to "([^"]+)"', re.IGNORECASE)
 
 _log = get_logger(__name__)
-
-
-class Reply(Struct, frozen=True, gc=False):
-    """The answer to a request."""
-
-    data: bytes
-    headers: Headers | None = None
-
-    @property
-    def status(self) -> str:
-        """The inline status: "" for an ordinary answer, "503" if nobody listens there.
-
-        "403" is ours: the server told us that we may not publish there.
-        """
-        return "" if self.headers is None else self.headers.get(STATUS, "")
-
-    @property
-    def description(self) -> str:
-        """What the server says beside the status."""
-        return "" if self.headers is None else self.headers.get(DESCRIPTION, "")
 
 
 class Subscription:
@@ -87,7 +75,8 @@ class Subscription:
 class Bus:
     """A connection to NATS that survives. An async context manager: entered means connected.
 
-    Entering raises `Disconnected` if no server answers within `connect_timeout_s`.
+    `url` is one server, or several: as a list, or as one text with commas. Entering raises
+    `Disconnected` if no server answers within `connect_timeout_s`.
 
         async with Bus("nats://127.0.0.1:4222", name="worker-1") as bus:
             bus.publish("afq.default.heartbeat.w1", b"{}")
@@ -95,7 +84,7 @@ class Bus:
 
     def __init__(self, url: str | Sequence[str], *, name: str, connect_timeout_s: float = 10.0) -> None:
         self.name: Final = name
-        self._urls: Final = [url] if isinstance(url, str) else list(url)
+        self._urls: Final = servers_of(url)
         self._connect_timeout_s = connect_timeout_s
         self._discovered: list[str] = []
         self._connection: Connection | None = None
@@ -104,11 +93,13 @@ class Bus:
         self._adopted = False
         self._failures = 0
         self._untried: list[str] = []
+        self._url = ""
+        self._moved_at = -_MOVE_INTERVAL_S
         self._last_error = "no attempt was made"
         self._subscriptions: dict[int, Subscription] = {}
         self._sids = itertools.count(1)
         self._watchers: dict[int, Callable[[bool], None]] = {}
-        self._inbox = _Inbox(self.new_inbox() + ".")
+        self._inbox = Inbox(self.new_inbox() + ".")
 
     async def __aenter__(self) -> Self:
         self._keeper = asyncio.create_task(self._keep(), name=f"bus {self.name}")
@@ -137,6 +128,11 @@ class Bus:
         return self._connection is not None and not self._connection.dead.is_set()
 
     @property
+    def server(self) -> str:
+        """The URL of the server connected to last, or tried now."""
+        return self._url
+
+    @property
     def max_payload(self) -> int:
         """Most bytes of headers and data of one message. Raises Disconnected."""
         return self._open().max_payload
@@ -163,6 +159,21 @@ class Bus:
                 await self._up.wait()
             else:  # dead, and the keeper is about to notice
                 await asyncio.sleep(0)
+
+    def leave_server(self, why: str) -> None:
+        """Go to another server, if there is one: this one is connected and of no use.
+
+        So it is with a server that the others of its cluster cannot reach: it stays open to
+        clients and knows nothing new. What was asked and not answered is unknown, as always.
+        """
+        now = asyncio.get_running_loop().time()
+        others = [url for url in (*self._urls, *self._discovered) if url != self._url]
+        if self._connection is None or not others or now - self._moved_at < _MOVE_INTERVAL_S:
+            return
+        _log.warning("leaving a server", bus=self.name, server=without_password(self._url), why=why)
+        self._moved_at = now
+        self._untried = [*random.sample(others, len(others)), self._url]
+        self._connection.abort()
 
     async def wait_writable(self) -> None:
         """Wait while more bytes wait to be sent than the network takes. Raises Disconnected."""
@@ -207,7 +218,7 @@ class Bus:
             raise Disconnected(f"no answer on {subject} within {timeout_s} s")
         if reply.status == _NO_RESPONDERS:
             raise Disconnected(f"nobody answers on {subject}")
-        if reply.status == _NOT_PERMITTED:
+        if reply.status == NOT_PERMITTED:
             raise OperatingError(reply.description)
         return reply
 
@@ -267,8 +278,9 @@ class Bus:
             if not self._untried:
                 self._untried = random.sample(self._urls, len(self._urls)) + self._discovered
             connection = Connection(self._on_error)
+            self._url = self._untried.pop(0)
             try:
-                await connection.open(self._untried.pop(0), name=self.name, timeout_s=_ATTEMPT_TIMEOUT_S)
+                await connection.open(self._url, name=self.name, timeout_s=_ATTEMPT_TIMEOUT_S)
             except Disconnected as error:
                 self._last_error = str(error)
                 if attempt & (attempt - 1) == 0:  # the first, second, fourth, eighth ...
@@ -320,78 +332,13 @@ class Bus:
             self._inbox.deny(violation[1].lower(), text)
 
 
-class _Expected(Struct, gc=False):
-    """A question whose answer is awaited."""
-
-    subject: str
-    deadline: float
-    future: asyncio.Future[Reply | None]
-
-
-class _Inbox:
-    """All awaited answers: one subscription and one timer for any number of them.
-
-    A timer and a task per question (what `asyncio.wait_for` costs) would take longer than
-    the question itself.
-    """
-
-    def __init__(self, prefix: str) -> None:
-        self.prefix: Final = prefix
-        self._expected: dict[str, _Expected] = {}
-        self._tokens = itertools.count()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def expect(self, subject: str, timeout_s: float) -> tuple[str, asyncio.Future[Reply | None]]:
-        """A fresh reply subject, and the future of what arrives there."""
-        loop = asyncio.get_running_loop()
-        token = str(next(self._tokens))
-        future: asyncio.Future[Reply | None] = loop.create_future()
-        deadline = loop.time() + timeout_s
-        self._expected[token] = _Expected(subject, deadline, future)
-        if self._timer is None or deadline < self._timer.when():
-            self._set_timer(loop, deadline)
-        return self.prefix + token, future
-
-    def on_message(self, subject: str, data: bytes, reply: str, headers: dict[str, str] | None) -> None:
-        """Hand an answer to who waits for it."""
-        del reply
-        expected = self._expected.pop(subject[len(self.prefix) :], None)
-        if expected is not None:
-            _resolve(expected.future, Reply(data, headers))
-
-    def forget(self) -> None:
-        """The connection is lost: nothing that is awaited will come."""
-        expected, self._expected = self._expected, {}
-        for each in expected.values():
-            _resolve(each.future, None)
-
-    def deny(self, subject: str, text: str) -> None:
-        """The server refused a publish; it names the subject only, and nats-py only in lower case."""
-        denied = [token for token, each in self._expected.items() if each.subject.lower() == subject]
-        refusal = Reply(b"", {STATUS: _NOT_PERMITTED, DESCRIPTION: text})
-        for token in denied:
-            _resolve(self._expected.pop(token).future, refusal)
-
-    def _set_timer(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = loop.call_at(when, self._sweep)
-
-    def _sweep(self) -> None:
-        """Give up what is overdue, and look again when the next is due."""
-        loop = asyncio.get_running_loop()
-        self._timer = None
-        now = loop.time()
-        expected = self._expected.items()
-        for token in [token for token, each in expected if each.deadline <= now or each.future.done()]:
-            _resolve(self._expected.pop(token).future, None)
-        if self._expected:
-            self._set_timer(loop, min(each.deadline for each in self._expected.values()))
-
-
-def _resolve(future: asyncio.Future[Reply | None], reply: Reply | None) -> None:
-    if not future.done():
-        future.set_result(reply)
+def servers_of(url: str | Sequence[str]) -> list[str]:
+    """The servers named, one by one. Raises InvalidRequest if there is none."""
+    named = url.split(",") if isinstance(url, str) else url
+    servers = [stripped for each in named if (stripped := each.strip())]
+    if not servers:
+        raise InvalidRequest(f"expected the URL of a NATS server, found {url!r}")
+    return servers
 
 
 def _pause_s(attempt: int) -> float:

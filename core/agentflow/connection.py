@@ -74,7 +74,7 @@ class Connection:
             await asyncio.wait_for(self._connect(url, name), timeout_s)
         except Exception as error:
             self.abort()
-            raise Disconnected(f"cannot connect to {_without_password(url)}: {error!r}") from error
+            raise Disconnected(f"cannot connect to {without_password(url)}: {error!r}") from error
         except BaseException:
             self.abort()
             raise
@@ -333,5 +333,6 @@ def _header_block(headers: Headers) -> bytes:
     return f"NATS/1.0\r\n{text}\r\n".encode()
 
 
-def _without_password(url: str) -> str:
+def without_password(url: str) -> str:
+    """A URL as it may be shown."""
     return re.sub(r"//[^@/]*@", "//", url)

@@ -175,3 +175,29 @@ async def test_what_was_published_before_the_end_is_sent(nats_server: NatsServer
         for _ in range(100):
             short.publish("last", b"x" * 10_000)
     await eventually(lambda: len(heard.messages) == 100)
+
+
+async def test_several_servers_may_be_named_in_one_text(nats_server: NatsServer) -> None:
+    urls = f" nats://127.0.0.1:{free_port()} ,{nats_server.url},"
+    async with Bus(urls, name="listed") as bus:
+        assert await bus.js_api("INFO", b"", 5)
+    with pytest.raises(InvalidRequest, match="expected the URL of a NATS server"):
+        Bus(" , ", name="none")
+
+
+async def test_a_server_of_no_use_is_left_for_another() -> None:
+    async with NatsServer() as one, NatsServer() as other, Bus([one.url, other.url], name="leaver") as bus:
+        first = bus.server
+        answer = bus.ask("nobody.answers", b"", timeout_s=30)
+        bus.leave_server("it knows no leader")
+        assert await answer is None, "what was asked is unknown"
+        await eventually(lambda: bus.connected and bus.server != first)
+        second = bus.server
+        bus.leave_server("nor does this one")
+        assert bus.connected, "not again at once"
+        assert (first, second) in {(one.url, other.url), (other.url, one.url)}
+
+
+async def test_the_only_server_is_not_left(bus: Bus) -> None:
+    bus.leave_server("it is slow")
+    assert bus.connected

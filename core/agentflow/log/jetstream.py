@@ -24,9 +24,10 @@ from types import TracebackType
 from typing import Final, Self
 
 from agentflow import wire
-from agentflow.bus import Bus, Reply
+from agentflow.bus import Bus
 from agentflow.connection import Headers
 from agentflow.errors import Disconnected, LogGone, StreamMismatch
+from agentflow.inbox import Reply
 from agentflow.log.follow import follow
 from agentflow.log.port import (
     Appended,

@@ -8,8 +8,9 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
-from agentflow.bus import Bus, Reply
+from agentflow.bus import Bus
 from agentflow.connection import Headers
+from agentflow.inbox import Reply
 
 NOT_PERMITTED: Final = 403
 NO_RESPONDERS: Final = 503
