@@ -181,9 +181,9 @@ class Bus:
         if connection.congested:
             await connection.drain()
 
-    def publish(self, subject: str, data: bytes, headers: Headers | None = None) -> None:
-        """Send and forget. Raises Disconnected if there is no connection now."""
-        self._open().publish(subject, data, "", headers)
+    def publish(self, subject: str, data: bytes, headers: Headers | None = None, *, reply: str = "") -> None:
+        """Send and forget; answers go to the subject `reply`. Raises Disconnected if there is no connection."""
+        self._open().publish(subject, data, reply, headers)
 
     def ask(
         self, subject: str, data: bytes, headers: Headers | None = None, *, timeout_s: float
