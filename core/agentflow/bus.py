@@ -182,7 +182,7 @@ class Bus:
             await connection.drain()
 
     def publish(self, subject: str, data: bytes, headers: Headers | None = None, *, reply: str = "") -> None:
-        """Send and forget; answers go to the subject `reply`. Raises Disconnected if there is no connection."""
+        """Send and forget; answers go to `reply`. Raises Disconnected if there is no connection now."""
         self._open().publish(subject, data, reply, headers)
 
     def ask(
