@@ -26,6 +26,7 @@ _ADDRESSED: Final = frozenset({"task.assigned", "task.stop"})
 _SAYS: Final = {
     Role.CLIENT: "Said by any client",
     Role.LEADER: "Decided by the leader",
+    Role.MASTER: "Said by a master",
     Role.WORKER: "Said by a worker",
 }
 _TYPES: Final = {
@@ -132,7 +133,7 @@ def _prose(name: str) -> str:
 def _subject(kind: str) -> str:
     if kind == "leader.elected":
         return f"af.<namespace>.{kind}.epoch"
-    speaker = {Role.CLIENT: "client", Role.LEADER: "master", Role.WORKER: "worker"}[ROLES[kind]]
+    speaker = {Role.CLIENT: "client", Role.LEADER: "master", Role.MASTER: "master", Role.WORKER: "worker"}[ROLES[kind]]
     return f"af.<namespace>.{kind}.<{'worker spoken to' if kind in _ADDRESSED else speaker}>"
 
 

@@ -13,6 +13,12 @@ from agentflow.events import (
     Event,
     EventRejected,
     LeaderElected,
+    LockAcquired,
+    LockLost,
+    LockOpened,
+    LockReleased,
+    MasterJoined,
+    MasterLeft,
     Needs,
     ObjectRef,
     PolicyChanged,
@@ -25,6 +31,7 @@ from agentflow.events import (
     TaskReprioritized,
     TaskSubmitted,
     Work,
+    WorkerDrainRequested,
     WorkerJoined,
     WorkflowCancelRequested,
     WorkflowPart,
@@ -37,7 +44,9 @@ from agentflow.limits import (
     FUNCTIONS_MAX,
     INTEGER_MAX,
     LABELS_MAX,
+    LOCK_NAME_LENGTH_MAX,
     NON_RETRYABLE_MAX,
+    PERMITS_MAX,
     PRIORITIES,
     PRIORITY_MAX,
     SCRIPT_LENGTH_MAX,
@@ -48,6 +57,8 @@ from agentflow.limits import (
 )
 
 STRATEGIES: Final = ("least_loaded", "round_robin", "random", "bin_packing")
+LOCK_MODES: Final = ("exclusive", "shared", "semaphore")
+_TTL_S_MAX: Final = 86_400
 _RESOURCE_MAX: Final = 1_000_000_000
 _FACTOR_MAX: Final = 1_000.0
 _DIGEST_LENGTH: Final = 64
@@ -179,6 +190,8 @@ def _check_terms(work: Work) -> Bad | None:
         return _bad_value("priority", f"0 to {PRIORITY_MAX}", priority)
     if not (0.0 <= work.timeout_s <= SECONDS_MAX and 0.0 <= work.queue_timeout_s <= SECONDS_MAX):
         return _bad_value("timeouts", f"0 to {SECONDS_MAX:.0f} s", (work.timeout_s, work.queue_timeout_s))
+    if len(work.lock) > LOCK_NAME_LENGTH_MAX:
+        return _bad_value("lock", f"at most {LOCK_NAME_LENGTH_MAX} characters", "more")
     if work.needs is None and work.retry is None and work.object is None:
         return None
     return _check_needs(work.needs) or _check_retry(work.retry) or _check_object(work.object)
@@ -347,4 +360,62 @@ def _(event: PolicyChanged) -> Bad | None:
 def _(event: EventRejected) -> Bad | None:
     if event.seq < 1:
         return _bad_value("seq", "1 or more", event.seq)
+    return None
+
+
+@_check.register
+def _(event: WorkerDrainRequested) -> Bad | None:
+    if not wire.is_name(event.worker):
+        return _bad_value("worker", "a worker's name", event.worker)
+    if len(event.reason) > TEXT_LENGTH_MAX:
+        return _bad_value("reason", f"at most {TEXT_LENGTH_MAX} characters", "more")
+    return None
+
+
+@_check.register
+def _(event: LockOpened) -> Bad | None:
+    return None if event.generation >= 1 else _bad_value("generation", "1 or more", event.generation)
+
+
+@_check.register
+def _(event: LockAcquired) -> Bad | None:
+    if event.mode not in LOCK_MODES:
+        return _bad_value("mode", f"one of {', '.join(LOCK_MODES)}", event.mode)
+    if not (1 <= event.permits <= PERMITS_MAX and 1 <= event.ttl_s <= _TTL_S_MAX):
+        expected = f"permits 1 to {PERMITS_MAX}, ttl_s 1 to {_TTL_S_MAX}"
+        return _bad_value("lock", expected, (event.permits, event.ttl_s))
+    return _check_holder(event) or _check_labels("", event.metadata)
+
+
+@_check.register(LockReleased)
+@_check.register(LockLost)
+def _(event: LockReleased | LockLost) -> Bad | None:
+    return _check_holder(event)
+
+
+def _check_holder(event: LockAcquired | LockReleased | LockLost) -> Bad | None:
+    if not 1 <= len(event.name) <= LOCK_NAME_LENGTH_MAX:
+        return _bad_value("name", f"1 to {LOCK_NAME_LENGTH_MAX} characters", event.name)
+    if event.token < 1 or len(event.holder) > TEXT_LENGTH_MAX:
+        return _bad_value("token and holder", f"a token from 1, at most {TEXT_LENGTH_MAX} characters", event)
+    return None
+
+
+@_check.register
+def _(event: MasterJoined) -> Bad | None:
+    if (
+        event.level < 1
+        or not 1 <= len(event.instance) <= TEXT_LENGTH_MAX
+        or len(event.host) > TEXT_LENGTH_MAX
+    ):
+        return _bad_value(
+            "master", f"an instance, a level from 1, at most {TEXT_LENGTH_MAX} characters", event
+        )
+    return None
+
+
+@_check.register
+def _(event: MasterLeft) -> Bad | None:
+    if not 1 <= len(event.instance) <= TEXT_LENGTH_MAX:
+        return _bad_value("instance", f"1 to {TEXT_LENGTH_MAX} characters", event.instance)
     return None

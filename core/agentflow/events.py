@@ -1,8 +1,11 @@
-"""Every event of the contract, level 1.
+"""Every event of the contract.
 
 An event is a JSON object. Its kind and its speaker are in the subject it was published
 to (`agentflow.wire`), not in the body. Absent fields have their defaults; unknown fields
 are ignored. `agentflow schema` prints the JSON Schema of each.
+
+Kinds and fields that a later level added count only in messages whose header `Af-Version`
+names that level, and only while a leader of that level leads (`SINCE`, `FIELDS_SINCE`).
 
 Units are in the names: `_s` seconds, `_ms` milliseconds (since 1970 UTC where it is a
 time), `_us` microseconds, `_mb` mebibytes.
@@ -15,7 +18,7 @@ from typing import Annotated, Any, ClassVar, TypeAlias
 
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from agentflow.limits import INTEGER_MAX, LEVEL
+from agentflow.limits import INTEGER_MAX, LEVEL_FIRST
 
 Integer: TypeAlias = Annotated[int, Meta(ge=-INTEGER_MAX, le=INTEGER_MAX)]
 """An integer that every client's language can hold."""
@@ -94,6 +97,8 @@ class Work(_Event, frozen=True, kw_only=True):
     """Longest one attempt may run; 0: no limit."""
     queue_timeout_s: float = 0.0
     """Longest the task may wait for its first start once it is ready; 0: no limit."""
+    lock: str = ""
+    """Name of a lock that is held, exclusively, while the task runs. Level 2."""
 
 
 class TaskSubmitted(Work, frozen=True, kw_only=True):
@@ -159,6 +164,83 @@ class TaskReprioritized(_Event, frozen=True, kw_only=True):
     priority: Integer | str
 
 
+class WorkerDrainRequested(_Event, frozen=True, kw_only=True):
+    """A client wants a worker to take nothing new, finish what it runs, and end."""
+
+    kind: ClassVar[str] = "worker.drain_requested"
+    worker: str
+    reason: str = ""
+
+
+# Locks: what the holders say -----------------------------------------------------------
+
+
+class LockOpened(_Event, frozen=True, kw_only=True):
+    """The bucket of locks is about to be created. The actor is "bucket".
+
+    Tokens of generation g lie above g * 2**32, so they rise even if the bucket is lost.
+    """
+
+    kind: ClassVar[str] = "lock.opened"
+    generation: Integer
+
+
+class LockAcquired(_Event, frozen=True, kw_only=True):
+    """A lock is held from here on. Said by its holder, before it does anything under it."""
+
+    kind: ClassVar[str] = "lock.acquired"
+    name: str
+    token: Integer
+    """Fencing token: later holders of the lock have a higher one."""
+    holder: str
+    mode: str = "exclusive"
+    """exclusive, shared or semaphore."""
+    permits: Integer = 1
+    """Holders a semaphore has room for."""
+    ttl_s: Integer = 10
+    metadata: dict[str, str] = {}
+
+
+class LockReleased(_Event, frozen=True, kw_only=True):
+    """A lock is given back. Said by its holder, before it lets go."""
+
+    kind: ClassVar[str] = "lock.released"
+    name: str
+    token: Integer
+    holder: str = ""
+
+
+class LockLost(_Event, frozen=True, kw_only=True):
+    """A holder lost its lock: it fell silent, or noticed that it had been. Said by whoever noticed."""
+
+    kind: ClassVar[str] = "lock.lost"
+    name: str
+    token: Integer
+    holder: str = ""
+    reason: str = ""
+
+
+# Masters -----------------------------------------------------------------------------
+
+
+class MasterJoined(_Event, frozen=True, kw_only=True):
+    """A master is there and may be elected."""
+
+    kind: ClassVar[str] = "master.joined"
+    instance: str
+    """Unguessable, chosen anew at each start."""
+    level: Integer = LEVEL_FIRST
+    host: str = ""
+    pid: Integer = 0
+
+
+class MasterLeft(_Event, frozen=True, kw_only=True):
+    """A master ended in good order."""
+
+    kind: ClassVar[str] = "master.left"
+    instance: str
+
+
 # What the leader decides -------------------------------------------------------------
 
 
@@ -186,7 +268,7 @@ class LeaderElected(_Event, frozen=True, kw_only=True):
     kind: ClassVar[str] = "leader.elected"
     epoch: Integer
     master: str
-    level: Integer = LEVEL
+    level: Integer = LEVEL_FIRST
 
 
 class PolicyChanged(_Event, frozen=True, kw_only=True):
@@ -227,6 +309,8 @@ class TaskAssigned(_Event, frozen=True, kw_only=True):
     non_retryable: list[str] = []
     suspect: bool = False
     """`task.started` must be acknowledged before the run."""
+    lock: str = ""
+    """Name of the lock to hold meanwhile. Level 2."""
 
 
 class TaskStop(_Event, frozen=True, kw_only=True):
@@ -327,7 +411,7 @@ class WorkerJoined(_Event, frozen=True, kw_only=True):
     functions: list[str] = []
     host: str = ""
     pid: Integer = 0
-    level: Integer = LEVEL
+    level: Integer = LEVEL_FIRST
 
 
 class WorkerDraining(_Event, frozen=True, kw_only=True):
@@ -412,6 +496,13 @@ Event = (
     | TaskCancelRequested
     | WorkflowCancelRequested
     | TaskReprioritized
+    | WorkerDrainRequested
+    | LockOpened
+    | LockAcquired
+    | LockReleased
+    | LockLost
+    | MasterJoined
+    | MasterLeft
     | TaskStop
     | TaskRetried
     | TaskTimedOut
@@ -433,6 +524,7 @@ class Role(enum.StrEnum):
 
     CLIENT = "client"
     LEADER = "leader"
+    MASTER = "master"
     WORKER = "worker"
 
 
@@ -444,6 +536,15 @@ _SAID_BY: dict[Role, tuple[type[Event], ...]] = {
         TaskCancelRequested,
         WorkflowCancelRequested,
         TaskReprioritized,
+        WorkerDrainRequested,
+        LockOpened,
+        LockAcquired,
+        LockReleased,
+        LockLost,
+    ),
+    Role.MASTER: (
+        MasterJoined,
+        MasterLeft,
     ),
     Role.LEADER: (
         LeaderElected,
@@ -474,6 +575,20 @@ KINDS: dict[str, type[Event]] = {event.kind: event for events in _SAID_BY.values
 
 ROLES: dict[str, Role] = {event.kind: role for role, events in _SAID_BY.items() for event in events}
 """Who says each kind."""
+
+SINCE: dict[str, int] = dict.fromkeys(KINDS, LEVEL_FIRST) | {
+    event.kind: 2
+    for event in (
+        WorkerDrainRequested,
+        LockOpened,
+        LockAcquired,
+        LockReleased,
+        LockLost,
+        MasterJoined,
+        MasterLeft,
+    )
+}
+"""The contract level that added each kind."""
 
 
 class Reason(enum.StrEnum):

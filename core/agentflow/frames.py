@@ -23,10 +23,11 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 import msgspec
 from msgspec import UNSET, Raw, Struct
+from msgspec.structs import replace
 
 from agentflow import wire
 from agentflow.checks import Bad, check, unsound
-from agentflow.events import KINDS, ROLES, Event, Reason, Role
+from agentflow.events import KINDS, ROLES, SINCE, Event, Reason, Role, WorkflowPart, WorkflowSubmitted
 from agentflow.limits import (
     DEPTH_MAX,
     FRAME_BYTES_MAX,
@@ -35,6 +36,7 @@ from agentflow.limits import (
     ID_LENGTH_MAX,
     INPUT_DEPTH_MAX,
     LEVEL,
+    LEVEL_FIRST,
 )
 
 
@@ -66,6 +68,8 @@ class Judged(Struct, frozen=True, gc=False):
     whole: Bad | None = None
     """What is wrong with the message as a whole; `items` is empty then."""
     decision: Decision | None = None
+    level: int = LEVEL_FIRST
+    """The contract level it is written in."""
 
 
 class TooLarge(ValueError):
@@ -107,20 +111,45 @@ def judge(subject: str, data: bytes, headers: Mapping[str, str] | None) -> Judge
     if bad is not None or role is None:
         return Judged(kind, actor, role, (), bad)
     decision = None
+    level = LEVEL_FIRST
     if headers is not None:
-        if headers.get(wire.VERSION, "1") != str(LEVEL):
-            detail = f"{wire.VERSION} is {headers[wire.VERSION][:40]!r}; this release reads level {LEVEL}"
-            return Judged(kind, actor, role, (), Bad(Reason.UNKNOWN_VERSION, detail))
+        if wire.VERSION in headers:
+            found = _LEVELS.get(headers[wire.VERSION])
+            if found is None:
+                detail = f"{wire.VERSION} is {headers[wire.VERSION][:40]!r}; this release reads 1 to {LEVEL}"
+                return Judged(kind, actor, role, (), Bad(Reason.UNKNOWN_VERSION, detail))
+            level = found
         decision = _decision(headers.get(wire.DECISION))
+    if SINCE[kind] > level:
+        return Judged(kind, actor, None, (), unknown_kind(kind))
     if role is Role.LEADER and decision is None and kind != "leader.elected":
         return Judged(kind, actor, role, (), Bad(Reason.UNFENCED, f"no valid {wire.DECISION} header"))
-    items = _canonical(kind, data)
-    if items is not None:
-        return Judged(kind, actor, role, items, None, decision)
-    strict = _strict(kind, data)
-    if isinstance(strict, Bad):
-        return Judged(kind, actor, role, (), strict)
-    return Judged(kind, actor, role, strict, None, decision)
+    items: Sequence[Event | Bad] | None = _canonical(kind, data)
+    if items is None:
+        strict = _strict(kind, data)
+        if isinstance(strict, Bad):
+            return Judged(kind, actor, role, (), strict, None, level)
+        items = strict
+    if level == LEVEL_FIRST and kind in _NAME_LOCKS and (b"lock" in data or b"\\" in data):
+        items = [_without_lock(item) for item in items]
+    return Judged(kind, actor, role, items, None, decision, level)
+
+
+_LEVELS: Final = {str(level): level for level in range(LEVEL_FIRST, LEVEL + 1)}
+
+_NAME_LOCKS: Final = frozenset({"task.submitted", "task.assigned", "workflow.submitted", "workflow.part"})
+"""Kinds to which level 2 added `lock`; a message of level 1 does not know it."""
+
+
+def _without_lock(item: Any) -> Any:
+    if isinstance(item, WorkflowSubmitted | WorkflowPart):
+        return replace(item, tasks=[_without_lock(task) for task in item.tasks])
+    return replace(item, lock="") if getattr(item, "lock", "") else item
+
+
+def unknown_kind(kind: str) -> Bad:
+    """What is wrong with a message of a kind that its level does not know."""
+    return Bad(Reason.UNKNOWN_KIND, f"no event is called {kind[:80]!r}")
 
 
 @lru_cache(maxsize=4096)
@@ -134,7 +163,7 @@ def _route(subject: str) -> tuple[str, str, Role | None, Bad | None]:
             route.kind,
             route.actor,
             None,
-            Bad(Reason.UNKNOWN_KIND, f"no event is called {route.kind[:80]!r}"),
+            unknown_kind(route.kind),
         )
     if not wire.is_name(route.actor):
         return route.kind, "", role, Bad(Reason.BAD_SUBJECT, f"the actor is no name: {route.actor[:80]!r}")
@@ -297,6 +326,25 @@ class Filled(NamedTuple):
 
     data: bytes
     length: int
+
+
+def level_of(events: Sequence[Event]) -> int:
+    """The contract level a frame of these events, which are of one kind, must be written in."""
+    kind = events[0].kind
+    if kind in _NAME_LOCKS and any(map(_names_lock, events)):
+        return 2
+    return SINCE[kind]
+
+
+def _names_lock(event: Any) -> bool:
+    tasks = getattr(event, "tasks", None)
+    return bool(event.lock) if tasks is None else any(task.lock for task in tasks)
+
+
+def level_headers(events: Sequence[Event]) -> dict[str, str] | None:
+    """The header that names the level of a frame, if it needs one."""
+    level = level_of(events)
+    return None if level == LEVEL_FIRST else {wire.VERSION: str(level)}
 
 
 def compose(events: Sequence[Event]) -> list[Filled]:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import Final
 
-LEVEL: Final = 1
-"""The contract level this release writes and the highest it understands."""
+LEVEL: Final = 2
+"""The highest contract level this release knows. Level 2 adds registered masters, drains, and locks."""
+LEVEL_FIRST: Final = 1
+"""The level of a message without the header that names one, and of a log before its first election."""
 
 FRAME_BYTES_MAX: Final = 512 * 1024
 """Largest data of one message."""
@@ -60,5 +62,11 @@ EARLY_IDS_MAX: Final = 500_000
 """Closed UUIDv7 remembered beyond their generation because they named a time ahead of the log."""
 OPEN_TASKS_MAX: Final = 2_000_000
 """Open tasks in one namespace; beyond it submissions are rejected as overloaded."""
+MASTERS_MAX: Final = 1_000
+"""Registered masters; beyond it the one that joined first is forgotten, and registers again if it lives."""
+LOCKS_MAX: Final = 10_000
+"""Lock holders a fold knows; beyond it their events are history only."""
+LOCK_NAME_LENGTH_MAX: Final = 200
+PERMITS_MAX: Final = 1_000_000
 ANSWERS_MAX: Final = 10_000
 """Rejections waiting to be answered; beyond it events are quarantined without an answer."""

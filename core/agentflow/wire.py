@@ -26,6 +26,9 @@ NAME: Final = re.compile(NAME_PATTERN)
 # The subject a leader's election is written to, and the fence of all its decisions.
 ELECTED_ACTOR: Final = "epoch"
 
+# The actor in the subject under which the bucket of locks is opened.
+LOCKS_ACTOR: Final = "bucket"
+
 # Buckets.
 LEASE_BUCKET: Final = "AF_LEASES"
 
@@ -75,6 +78,11 @@ def event(namespace: str, kind: str, actor: str) -> str:
 def elected(namespace: str) -> str:
     """The one subject elections are written to."""
     return f"af.{namespace}.leader.elected.{ELECTED_ACTOR}"
+
+
+def locks_opened(namespace: str) -> str:
+    """The one subject generations of the bucket of locks are written to."""
+    return f"af.{namespace}.lock.opened.{LOCKS_ACTOR}"
 
 
 def parse_event(subject: str) -> Route | None:

@@ -22,7 +22,7 @@ from agentflow import wire
 from agentflow.ending import end_tasks
 from agentflow.errors import AppendRefused, AppendUnknown, InvalidRequest, OperatingError
 from agentflow.events import Event
-from agentflow.frames import TooLarge, compose
+from agentflow.frames import TooLarge, compose, encode, level_headers
 from agentflow.log.port import Appended, Done, Frame, Log, Reason, Refused
 from agentflow.logs import get_logger
 
@@ -40,12 +40,12 @@ _log = get_logger(__name__)
 
 
 class _Said(Struct):
-    """Something to write: events of one kind, or the frames of one atomic batch."""
+    """Something to write: events of one kind, or those of one atomic batch, a frame each."""
 
     kind: str
     events: Sequence[Event]
     told: asyncio.Future[int] | None = None
-    batch: Sequence[tuple[str, bytes]] = ()
+    batch: Sequence[Event] = ()
     number: int = 0
     """Orders what was said."""
 
@@ -111,8 +111,8 @@ class Writer:
         """
         return await self._enter_and_wait(_Said(events[0].kind, events))
 
-    async def write_batch(self, batch: Sequence[tuple[str, bytes]]) -> int:
-        """Write frames, given as kind and data, next to each other or not at all."""
+    async def write_batch(self, batch: Sequence[Event]) -> int:
+        """Write events of any kinds, each in a frame of its own, next to each other or not at all."""
         return await self._enter_and_wait(_Said("", (), batch=batch))
 
     async def settled(self) -> None:
@@ -190,12 +190,13 @@ class Writer:
             return await self._store_batch(first.batch)
         events = [event for said in taken for event in said.events] if len(taken) > 1 else first.events
         seq = 0
+        headers = level_headers(events)
         for data in _composed(events):
-            seq = await self._store_frame(self._frame(first.kind, data))
+            seq = await self._store_frame(self._frame(first.kind, data, headers))
         return seq
 
-    def _frame(self, kind: str, data: bytes) -> Frame:
-        return Frame(wire.event(self._log.namespace, kind, self._actor), data, self._new_msg_id())
+    def _frame(self, kind: str, data: bytes, headers: dict[str, str] | None) -> Frame:
+        return Frame(wire.event(self._log.namespace, kind, self._actor), data, self._new_msg_id(), headers)
 
     def _new_msg_id(self) -> str:
         return f"{self._actor}.{self._nonce}.{next(self._numbers)}"
@@ -208,8 +209,8 @@ class Writer:
                 return done
             await pauses.pause()
 
-    async def _store_batch(self, batch: Sequence[tuple[str, bytes]]) -> int:
-        frames = [self._frame(kind, data) for kind, data in batch]
+    async def _store_batch(self, batch: Sequence[Event]) -> int:
+        frames = [self._frame(event.kind, encode([event]), level_headers([event])) for event in batch]
         pauses = _Pauses(self._patience_s)
         while True:
             done = self._judge(await self._log.append_batch(frames), pauses)

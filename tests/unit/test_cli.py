@@ -372,7 +372,7 @@ def _refs(value: Any) -> set[str]:
 def test_the_schema_is_one_document(run: Run) -> None:
     status, out, _ = run("schema")
     assert status == 0
-    assert json.loads(out)["level"] == 1
+    assert json.loads(out)["level"] == 2
 
 
 # Apps --------------------------------------------------------------------------------

@@ -178,10 +178,10 @@ class Client:
             raise InvalidRequest(f"{fault[0]}: {fault[1]}")
         _require_sound(event)
         tasks = [task if uses(task) else await outsourced(task, self.objects) for task in event.tasks]
-        batch = _workflow_frames(structs.replace(event, tasks=tasks))
+        whole = _workflow_events(structs.replace(event, tasks=tasks))
         handle = WorkflowHandle(self, workflow_id, [task.task_id for task in tasks])
         handle.chosen = bool(flow.id)
-        await self._write([handle], [] if len(batch) > 1 else [structs.replace(event, tasks=tasks)], batch)
+        await self._write([handle], whole if len(whole) == 1 else [], whole)
         return handle
 
     async def cancel(self, target: str, reason: str = "") -> None:
@@ -247,7 +247,7 @@ class Client:
         self,
         handles: Sequence[Handle[Any]],
         events: Sequence[Event],
-        batch: Sequence[tuple[str, bytes]] = (),
+        batch: Sequence[Event] = (),
     ) -> None:
         """Write what is submitted; meanwhile already its end may be told."""
         await self._waiting.room()
@@ -306,22 +306,21 @@ def _require_sound(event: Event) -> None:
         raise InvalidRequest(f"{bad.reason}: {bad.detail}")
 
 
-def _workflow_frames(event: WorkflowSubmitted) -> list[tuple[str, bytes]]:
-    """A workflow as one frame, or as parts closed by one. Raises InvalidRequest if it is too large."""
+def _workflow_events(event: WorkflowSubmitted) -> list[Event]:
+    """A workflow as one event, or as parts closed by one. Raises InvalidRequest if it is too large."""
     try:
         data = frames.encode([event])
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"the workflow is not JSON: {error}") from error
     if len(data) <= FRAME_BYTES_MAX:
-        return [(event.kind, data)]
+        return [event]
     chunks = _chunks(event.tasks)
     if len(chunks) > WORKFLOW_PARTS_MAX:
         raise InvalidRequest(
             f"the workflow takes {len(chunks)} frames; at most {WORKFLOW_PARTS_MAX} fit one write"
         )
     parts = [WorkflowPart(workflow=event.id, part=number, tasks=tasks) for number, tasks in enumerate(chunks)]
-    closing = structs.replace(event, tasks=[], parts=len(parts))
-    return [(part.kind, frames.encode([part])) for part in parts] + [(closing.kind, frames.encode([closing]))]
+    return [*parts, structs.replace(event, tasks=[], parts=len(parts))]
 
 
 def _chunks(tasks: Sequence[WorkflowTask]) -> list[list[WorkflowTask]]:

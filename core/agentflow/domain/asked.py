@@ -24,6 +24,7 @@ from agentflow.events import (
     TaskCancelRequested,
     TaskReprioritized,
     TaskSubmitted,
+    WorkerDrainRequested,
     WorkflowCancelRequested,
     WorkflowPart,
     WorkflowSubmitted,
@@ -183,6 +184,18 @@ def task_reprioritized(state: Namespace, event: TaskReprioritized, _at: At) -> V
     task.priority = priority
     if queued:
         state.queue.push(task)
+    return APPLIED
+
+
+def worker_drain_requested(state: Namespace, event: WorkerDrainRequested, _at: At) -> Verdict:
+    """A worker gets nothing new from here on; it reads the request itself, and ends."""
+    worker = state.workers.get(event.worker)
+    if worker is None:
+        return rejected(Reason.UNKNOWN_ID, f"no worker is called {event.worker}")
+    if worker.draining:
+        return DUPLICATE
+    worker.draining = True
+    state.workers_version += 1
     return APPLIED
 
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from typing import Any, Final, assert_never
 
-from agentflow import wire
 from agentflow.domain.life import State
 from agentflow.domain.state import APPLIED, SUPERSEDED, At, Kind, Namespace, Verdict
 from agentflow.domain.steps import end, leave_queue, lose, make_ready
 from agentflow.events import (
     EventRejected,
-    LeaderElected,
     PolicyChanged,
     Reason,
     TaskAssigned,
@@ -27,18 +25,6 @@ from agentflow.events import (
     WorkerLost,
     WorkflowCompleted,
 )
-
-
-def leader_elected(state: Namespace, event: LeaderElected, at: At) -> Verdict:
-    """Another leader, if its epoch is the next."""
-    if at.actor != wire.ELECTED_ACTOR or event.epoch != state.epoch + 1:
-        return Verdict(
-            Kind.QUARANTINED, Reason.CONFLICT, f"epoch {event.epoch} does not follow {state.epoch}"
-        )
-    state.epoch = event.epoch
-    state.leader = event.master
-    state.elected_seq = at.seq
-    return APPLIED
 
 
 def decided(state: Namespace, event: Any, at: At) -> Verdict:  # noqa: C901, PLR0911 - it only routes
@@ -93,6 +79,8 @@ def _task_assigned(state: Namespace, event: TaskAssigned, at: At) -> Verdict:
     state.last_worker = worker.name
     state.running += 1
     demand = task.terms.demand
+    if demand.lock:
+        state.lock_users[demand.lock] = task.id
     if not demand.plain:
         worker.used_cpu += demand.cpu
         worker.used_memory_mb += demand.memory_mb

@@ -18,11 +18,14 @@ from agentflow.domain.asked import (
     task_cancel_requested,
     task_reprioritized,
     task_submitted,
+    worker_drain_requested,
     workflow_cancel_requested,
     workflow_part,
     workflow_submitted,
 )
-from agentflow.domain.decided import decided, leader_elected
+from agentflow.domain.decided import decided
+from agentflow.domain.locks import lock_acquired, lock_ended, lock_opened
+from agentflow.domain.masters import leader_elected, master_joined, master_left
 from agentflow.domain.reported import (
     task_completed,
     task_declined,
@@ -34,9 +37,17 @@ from agentflow.domain.reported import (
 )
 from agentflow.domain.state import APPLIED, At, Ended, Kind, Namespace, Verdict
 from agentflow.events import (
+    SINCE,
     Event,
     EventRejected,
     LeaderElected,
+    LockAcquired,
+    LockLost,
+    LockOpened,
+    LockReleased,
+    MasterJoined,
+    MasterLeft,
+    Reason,
     Role,
     TaskAssigned,
     TaskCancelRequested,
@@ -47,14 +58,15 @@ from agentflow.events import (
     TaskStarted,
     TaskSubmitted,
     WorkerDraining,
+    WorkerDrainRequested,
     WorkerJoined,
     WorkerLeft,
     WorkflowCancelRequested,
     WorkflowPart,
     WorkflowSubmitted,
 )
-from agentflow.frames import Judged
-from agentflow.limits import ANSWERS_MAX
+from agentflow.frames import Judged, unknown_kind
+from agentflow.limits import ANSWERS_MAX, LEVEL_FIRST
 
 
 def fold(state: Namespace, seq: int, time_ns: int, judged: Judged) -> list[Verdict]:
@@ -70,6 +82,9 @@ def fold(state: Namespace, seq: int, time_ns: int, judged: Judged) -> list[Verdi
     if state.parts and (judged.kind not in _PARTS or seq != state.parts_seq + 1):
         state.parts.clear()
     at = At(seq, 0, server_ms, judged.actor)
+    if judged.level != LEVEL_FIRST and judged.level > min(state.level, state.knows):
+        at.index = -1
+        return [_too_new(state, judged, at)]
     if judged.whole is not None:
         at.index = -1
         return [_refuse(state, judged.role, judged.whole, at)]
@@ -97,6 +112,14 @@ def _advance_clock(state: Namespace, server_ms: int) -> None:
     state.latest_ms = max(state.latest_ms, server_ms)
 
 
+def _too_new(state: Namespace, judged: Judged, at: At) -> Verdict:
+    """A message of a level that is not in force yet: said by every fold as one that knows no more would."""
+    if SINCE.get(judged.kind, 0) > state.level:
+        return _refuse(state, None, unknown_kind(judged.kind), at)
+    detail = f"the message is of level {judged.level}; level {state.level} is in force"
+    return _refuse(state, judged.role, Bad(Reason.UNKNOWN_VERSION, detail), at)
+
+
 _PARTS: Final = frozenset({WorkflowPart.kind, WorkflowSubmitted.kind})
 
 
@@ -113,7 +136,7 @@ def _not_applied(state: Namespace, verdict: Verdict, event: Any, at: At) -> Verd
         why = (str(verdict.reason), verdict.detail)
         state.ended.append(Ended(event.id, verdict.kind, at.actor, event.notify, at.seq, at.index, why))
     if verdict.kind is Kind.REJECTED:
-        given_id = event.workflow if isinstance(event, WorkflowPart) else event.id
+        given_id = event.workflow if isinstance(event, WorkflowPart) else getattr(event, "id", "")
         return _answered(state, verdict, given_id, at)
     if verdict.kind is Kind.QUARANTINED:
         state.quarantined += 1
@@ -176,5 +199,17 @@ def evolve(state: Namespace, event: Event, at: At) -> Verdict:  # noqa: C901, PL
             return task_reprioritized(state, event, at)
         case LeaderElected():
             return leader_elected(state, event, at)
+        case WorkerDrainRequested():
+            return worker_drain_requested(state, event, at)
+        case LockAcquired():
+            return lock_acquired(state, event, at)
+        case LockReleased() | LockLost():
+            return lock_ended(state, event, at)
+        case LockOpened():
+            return lock_opened(state, event, at)
+        case MasterJoined():
+            return master_joined(state, event, at)
+        case MasterLeft():
+            return master_left(state, event, at)
         case _:
             return decided(state, event, at)

@@ -86,7 +86,7 @@ def plan(state: Namespace, now_ms: int, silences: Sequence[Silence] = ()) -> Pla
 class _Draft:
     """A plan in the making."""
 
-    __slots__ = ("decisions", "lost", "now_ms", "state", "touched")
+    __slots__ = ("decisions", "locks", "lost", "now_ms", "state", "touched")
 
     def __init__(self, state: Namespace, now_ms: int) -> None:
         self.state = state
@@ -94,6 +94,8 @@ class _Draft:
         self.decisions: dict[tuple[str, str], list[Event]] = {}
         self.touched: set[str] = set()
         """Tasks that something else was decided about."""
+        self.locks: set[str] = set(state.lock_users)
+        """Locks that a task runs under, or is about to."""
         self.lost: set[str] = set()
         """Workers given up, which get nothing more."""
 
@@ -227,6 +229,8 @@ def _candidates(draft: _Draft) -> list[tuple[Rank, _Candidate]]:
     turn = Turn(state.last_worker)
     heap: list[tuple[Rank, _Candidate]] = []
     for line in _open_lines(state):
+        if line.demand.lock in draft.locks:
+            continue
         candidate = _Candidate(
             state, line, [rooms[worker.name] for worker in line.eligible if worker.name in rooms], turn
         )
@@ -289,6 +293,9 @@ class _Candidate:
 
     def _place(self, draft: _Draft, task: Task) -> bool:
         """Place a task, if it can go anywhere, and go on to the next."""
+        if self.line.demand.lock in draft.locks:
+            self.next = None
+            return False
         if task.id in draft.touched:
             self.next = next(self.tasks, None)
             return False
@@ -299,6 +306,8 @@ class _Candidate:
         if room is not None:
             room.take(self.line, self.quick_us)
             draft.say(_assignment(task, room.worker.incarnation), room.worker.name)
+            if self.line.demand.lock:
+                draft.locks.add(self.line.demand.lock)
         self.next = next(self.tasks, None) if room is not None or self._may_pass(task) else None
         return room is not None
 
@@ -343,6 +352,7 @@ def _full_assignment(task: Task, incarnation: int) -> TaskAssigned:
         timeout_s=terms.timeout_s,
         non_retryable=terms.retry.non_retryable if terms.retry else [],
         suspect=task.suspect,
+        lock=terms.demand.lock,
     )
 
 

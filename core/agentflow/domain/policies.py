@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from agentflow.domain.state import Task, Worker
     from agentflow.events import Policy, Retry
 
+LOCKS_SINCE: Final = 2
+"""The contract level a worker must know to hold locks for its tasks."""
 _HASH_RANGE: Final = 2**32
 _GROWTH_LOG_MAX: Final = 60.0
 """A backoff of a nanosecond, grown by e to this power, is above the longest allowed."""
@@ -118,6 +120,7 @@ def eligible(demand: Demand, worker: Worker) -> bool:
         and demand.memory_mb <= worker.memory_mb
         and demand.gpus <= worker.gpus
         and all(worker.labels.get(name) == value for name, value in demand.labels)
+        and (not demand.lock or worker.level >= LOCKS_SINCE)
     )
 
 

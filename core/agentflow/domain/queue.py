@@ -31,6 +31,8 @@ class Demand(Struct, frozen=True, gc=False):
     """What decides where a task may run."""
 
     function: str = ""
+    lock: str = ""
+    """Name of the lock that a task holds while it runs."""
     cpu: float = 0.0
     memory_mb: int = 0
     gpus: int = 0

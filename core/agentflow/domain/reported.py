@@ -45,6 +45,7 @@ def worker_joined(state: Namespace, event: WorkerJoined, at: At) -> Verdict:
         functions=frozenset(event.functions),
         host=event.host,
         joined_ms=state.clock_ms,
+        level=event.level,
     )
     state.workers_version += 1
     return APPLIED

@@ -17,7 +17,7 @@ from agentflow import ids
 from agentflow.domain.life import State, WorkflowState
 from agentflow.domain.queue import Demand, Line, Queue
 from agentflow.events import EventRejected, ObjectRef, Policy, Reason, Retry, WorkflowPart
-from agentflow.limits import CLOSED_IDS_MAX
+from agentflow.limits import CLOSED_IDS_MAX, LEVEL, LEVEL_FIRST
 
 
 class Terms(Struct, gc=False):
@@ -170,6 +170,7 @@ class Worker(Struct):
     functions: frozenset[str]
     host: str
     joined_ms: int
+    level: int = LEVEL_FIRST
     draining: bool = False
     held: dict[str, Task] = field(default_factory=dict)
     """What is assigned to it, by task id."""
@@ -185,6 +186,32 @@ class Worker(Struct):
     """Sequence of the last message that assigned it something."""
     completed: int = 0
     failed: int = 0
+
+
+class Master(Struct, frozen=True):
+    """A registered master."""
+
+    name: str
+    instance: str
+    level: int
+    """The highest contract level it knows."""
+    host: str
+    pid: int
+    seq: int
+    joined_ms: int
+
+
+class Holding(Struct, frozen=True):
+    """A lock somebody holds, as far as the log says."""
+
+    token: int
+    holder: str
+    client: str
+    mode: str
+    permits: int
+    ttl_s: int
+    since_ms: int
+    metadata: Mapping[str, str]
 
 
 class Kind(enum.StrEnum):
@@ -320,8 +347,12 @@ class Memory:
 class Namespace:
     """The state of one namespace: what `evolve` changes and `plan` reads."""
 
-    def __init__(self, name: str) -> None:  # noqa: PLR0915 - one line for each part of the state
+    def __init__(self, name: str, *, knows: int = LEVEL) -> None:  # noqa: PLR0915 - a line for each part
         self.name = name
+        self.knows = knows
+        """The highest contract level this fold may follow; what is above it, it does not understand."""
+        self.level = LEVEL_FIRST
+        """The contract level in force: that of the last election that counts."""
         self.seq = 0
         """Everything up to this sequence is folded."""
         self.server_ms = 0
@@ -336,6 +367,14 @@ class Namespace:
         self.leader = ""
         self.elected_seq = 0
         self.policy = Policy()
+        self.masters: dict[str, Master] = {}
+        self.locks: dict[str, dict[int, Holding]] = {}
+        """Who holds what, by name of the lock and token."""
+        self.lock_tokens: dict[str, int] = {}
+        """The highest token seen of each lock, of those used last."""
+        self.lock_generation = 0
+        self.lock_users: dict[str, str] = {}
+        """The task that runs under a lock, by its name."""
         self.tasks: dict[str, Task] = {}
         self.workflows: dict[str, Workflow] = {}
         self.workers: dict[str, Worker] = {}

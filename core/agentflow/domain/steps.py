@@ -58,6 +58,8 @@ def unassign(state: Namespace, task: Task) -> None:
     worker.slow -= not task.quick_us
     worker.suspects -= task.suspect
     demand = task.terms.demand
+    if demand.lock:
+        state.lock_users.pop(demand.lock, None)
     if not demand.plain:
         # Fractions do not add up exactly: what is left over must not pile up.
         worker.used_cpu = worker.used_cpu - demand.cpu if worker.held else 0.0

@@ -68,6 +68,7 @@ def _terms(state: Namespace, work: Work, client: str, notify: str) -> Terms:
         work.queue_timeout_s,
         client,
         notify,
+        work.lock,
     )
     terms = state.terms.get(key)
     if terms is None:
@@ -106,10 +107,15 @@ def _retry_key(retry: Retry) -> bytes:
 def _new_terms(state: Namespace, key: tuple[Any, ...], work: Work, client: str, notify: str) -> Terms:
     needs = None if work.needs is None else _needs_key(work.needs)
     function = sys.intern(work.function)
-    demand = Demand(function) if needs is None else Demand(function, *needs)
+    demand = Demand(function, work.lock, *(needs or ()))
     # Adding zero makes -0.0 and 0.0 one, as they are in the key.
     timeouts = (work.timeout_s + 0.0, work.queue_timeout_s + 0.0)
-    described = (work.function, work.shell, work.cwd, work.priority, needs, work.retry, timeouts)
+    described: tuple[Any, ...] = (
+        *(work.function, work.shell, work.cwd, work.priority),
+        *(needs, work.retry, timeouts),
+    )
+    if work.lock:
+        described += (work.lock,)
     return Terms(
         key=key,
         function=function,
@@ -126,7 +132,7 @@ def _new_terms(state: Namespace, key: tuple[Any, ...], work: Work, client: str, 
         run_key=function or f"$process {crc32(work.shell.encode()):08x}",
         digest=crc32(_encode(described)),
         only_function=not (
-            work.shell or work.cwd or work.timeout_s or (work.retry and work.retry.non_retryable)
+            work.shell or work.cwd or work.timeout_s or work.lock or (work.retry and work.retry.non_retryable)
         ),
     )
 

@@ -84,7 +84,7 @@ def _actor(kind: str) -> str:
         return ELECTED_ACTOR
     if kind in _ADDRESSED:
         return "<worker spoken to>"
-    return {Role.CLIENT: "<client>", Role.LEADER: "<master>", Role.WORKER: "<worker>"}[ROLES[kind]]
+    return {Role.CLIENT: "<client>", Role.LEADER: "<master>", Role.MASTER: "<master>", Role.WORKER: "<worker>"}[ROLES[kind]]
 
 
 def _limits() -> dict[str, Any]:

@@ -6,6 +6,7 @@ from msgspec import Struct
 
 from agentflow import wire
 from agentflow.errors import InvalidRequest
+from agentflow.limits import LEVEL
 
 
 class WorkerConfig(Struct, frozen=True, kw_only=True):
@@ -28,9 +29,13 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     """How long running tasks may go on when it leaves."""
     heartbeat_s: float = 1.0
     replicas: int = 1
+    level: int = LEVEL
+    """The highest contract level it lets be used; lowered while a cluster is changed over."""
 
     def __post_init__(self) -> None:
         if not (wire.is_name(self.namespace) and wire.is_name(self.name)):
             raise InvalidRequest("namespace and name must be 1 to 64 of A-Z a-z 0-9 _ -")
+        if not 1 <= self.level <= LEVEL:
+            raise InvalidRequest(f"level: expected 1 to {LEVEL}, found {self.level}")
         if self.slots < 1 or self.ahead < 0:
             raise InvalidRequest(f"slots must be at least 1 and ahead at least 0: {self.slots}, {self.ahead}")

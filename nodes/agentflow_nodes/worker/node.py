@@ -142,6 +142,7 @@ class Worker:
             functions=sorted(self.functions),
             host=socket.gethostname(),
             pid=os.getpid(),
+            level=config.level,
         )
         self._incarnation = self._read = await self._writer.write([joined])
         self._lost.clear()
