@@ -257,3 +257,24 @@ class LogConformance:
         reading = asyncio.create_task(take(logs.log, 3, 1))
         assert await logs.log.append(frame(4)) == Done(4)
         assert [each.seq for each in await reading] == [4]
+
+    async def test_a_write_in_doubt_is_looked_for_when_another_fence_has_fallen(self, logs: Logs) -> None:
+        elected = await logs.log.append(frame(1, ELECTED), fence=Fence(ELECTED, 0))
+        assert elected == Done(1)
+        fence = Fence(ELECTED, 1)
+        assert await logs.log.append(frame(2), fence=fence) == Done(2)
+        assert await logs.other.append(frame(3, ELECTED), fence=fence) == Done(3)
+        # Its caller heard nothing of the first call, and repeats it behind the successor's election.
+        again = await logs.log.append(frame(2), fence=fence, in_doubt_after=1)
+        assert again == Done(2, duplicate=True)
+        never = await logs.log.append(frame(4), fence=fence, in_doubt_after=1)
+        assert refusal(never) is Reason.FENCED
+
+    async def test_a_batch_in_doubt_is_looked_for_too(self, logs: Logs) -> None:
+        assert await logs.log.append(frame(1, ELECTED), fence=Fence(ELECTED, 0)) == Done(1)
+        fence, batch = Fence(ELECTED, 1), [frame(2), frame(3)]
+        assert await logs.log.append_batch(batch, fence=fence) == Done(3)
+        assert await logs.other.append(frame(4, ELECTED), fence=fence) == Done(4)
+        assert await logs.log.append_batch(batch, fence=fence, in_doubt_after=1) == Done(3, duplicate=True)
+        never = await logs.log.append_batch([frame(5), frame(6)], fence=fence, in_doubt_after=1)
+        assert refusal(never) is Reason.FENCED

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import msgspec
@@ -10,15 +11,22 @@ import pytest
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.errors import LogGone, StreamMismatch
+from agentflow.log import follow, jetstream
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.memory import Fault, MemoryLog, MemoryServer
-from agentflow.log.port import Done, Frame, Log, Reason, Refused, Unknown
+from agentflow.log.port import Done, Frame, Log, Message, Reason, Refused, Unknown
 from agentflow.log.stream import log_config
 from tests.eventually import eventually
 from tests.integration.log_conformance import NAMESPACE, SUBMITTED, LogConformance, Logs, frame, refusal
 from tests.servers import NatsServer
 
 STREAM = wire.stream(NAMESPACE)
+
+
+async def _rest_of(reading: AsyncIterator[list[Message]]) -> None:
+    """Read on, until the log ends it."""
+    async for _ in reading:
+        pass
 
 
 class MemoryLogs:
@@ -156,6 +164,47 @@ class TestJetStreamLog(LogConformance):
         assert refusal(await logs.log.append_batch([frame(1), frame(2)], timeout_s=0.5)) is Reason.GONE
         with pytest.raises(LogGone):
             await logs.log.last(SUBMITTED)
+
+    async def test_a_purge_under_a_reader_ends_it(
+        self, logs: Logs, bus: Bus, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(follow, "_CHECK_S", 0.1)
+        for number in range(1, 6):
+            await logs.log.append(frame(number))
+        early, late = logs.log.follow(0, subjects=[SUBMITTED]), logs.log.follow(3)
+        assert (await anext(early))[0].seq == 1
+        assert (await anext(late))[0].seq == 4
+        waiting = asyncio.create_task(_rest_of(late))
+        await logs.purge(before=4)
+        with pytest.raises(LogGone, match="was purged: it begins at 4, 1 is wanted"):
+            await asyncio.wait_for(_rest_of(early), 10)
+        await logs.log.append(frame(6))
+        await logs.purge(before=6)
+        with pytest.raises(LogGone, match="was purged: it begins at 6, 4 is wanted"):
+            await asyncio.wait_for(waiting, 10)
+
+    async def test_a_write_into_a_log_that_was_made_anew_is_told(self, logs: Logs) -> None:
+        for number in range(1, 4):
+            await logs.log.append(frame(number))
+        await logs.recreate()
+        with pytest.raises(LogGone, match=r"deleted and created again.*restore it from a backup"):
+            await logs.log.identity()
+        with pytest.raises(LogGone, match="went back: it ends at 1, 3 was seen"):
+            await logs.log.append(frame(4))
+
+    async def test_more_replicas_than_servers_are_refused(
+        self, bus: Bus, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(jetstream, "_OPEN_TIMEOUT_S", 0.5)
+        with pytest.raises(
+            StreamMismatch, match=r"cannot have 3 replicas .*run 3 nats-servers in one cluster"
+        ):
+            await JetStreamLog(bus, NAMESPACE, replicas=3).__aenter__()
+        async with JetStreamLog(bus, NAMESPACE):
+            with pytest.raises(
+                StreamMismatch, match=r"num_replicas: expected 3 or more, found 1 .*stream edit"
+            ):
+                await JetStreamLog(bus, NAMESPACE, replicas=3).__aenter__()
 
     async def test_what_may_not_be_published_is_denied_at_once(self) -> None:
         users = """authorization { users: [

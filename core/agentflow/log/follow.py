@@ -21,8 +21,8 @@ from typing import Any, Final
 from agentflow.bus import Bus, Subscription
 from agentflow.connection import Headers
 from agentflow.errors import Disconnected, LogGone
-from agentflow.log.port import Message
-from agentflow.log.stream import ApiFailed, StreamInfo, ask, stream_info
+from agentflow.log.port import Identity, Message
+from agentflow.log.stream import RECOVERY, ApiFailed, StreamInfo, ask, check_same, stream_info
 from agentflow.logs import get_logger
 
 _HEARTBEAT_S: Final = 1.0
@@ -30,6 +30,9 @@ _HEARTBEATS_MISSED_MAX: Final = 3
 _INACTIVE_S: Final = 30.0
 _API_TIMEOUT_S: Final = 5.0
 _PAUSE_S_MAX: Final = 1.0
+_CHECK_S: Final = 5.0
+# So often in a row nobody could say what became of the log before another server is asked.
+_FAILURES_MAX: Final = 2
 
 _STALLED: Final = "Nats-Consumer-Stalled"
 _LAST_CONSUMER: Final = "Nats-Last-Consumer"
@@ -63,6 +66,9 @@ class _Reader:
         self._subjects = subjects
         self._headers_only = headers_only
         self._last_seq = after
+        self._started_after = after
+        self._first_seq = 0
+        """The first message held when reading began."""
         self._arrived: list[Message] = []
         self._gone: LogGone | None = None
         self._wake = asyncio.Event()
@@ -74,6 +80,7 @@ class _Reader:
         self._heard = False
         self._timer: asyncio.TimerHandle | None = None
         self._unwatch = bus.watch(self._on_connection)
+        self._watcher = asyncio.create_task(self._watch_log(), name=f"watch {opened.identity.name}")
 
     async def wait(self) -> None:
         """Return when there is something to take. Raises LogGone, after all was taken."""
@@ -97,6 +104,7 @@ class _Reader:
     def close(self) -> None:
         """Remove the consumer."""
         self._unwatch()
+        self._watcher.cancel()
         self._drop()
 
     async def _start(self) -> None:
@@ -111,21 +119,42 @@ class _Reader:
                     "cannot follow", stream=self._opened.name, after=self._last_seq, error=str(error)
                 )
                 self._drop()
+                if attempt >= _FAILURES_MAX:
+                    self._bus.leave_server(str(error))
                 await asyncio.sleep(random.uniform(0, min(_PAUSE_S_MAX, 0.05 * 2.0 ** min(attempt, 10))))
             else:
                 return
 
     async def _check(self) -> None:
+        """Raises LogGone if this is not the log we read any more, Disconnected if nobody can say."""
+        seen = self._last_seq
         found = (await stream_info(self._bus, self._opened.name, _API_TIMEOUT_S)).identity
-        if found.created_ns != self._opened.created_ns:
-            raise LogGone(f"stream {found.name} was deleted and created again")
-        if found.last_seq < self._last_seq:
-            raise LogGone(
-                f"stream {found.name} went back: it ends at {found.last_seq}, {self._last_seq} was seen"
-            )
-        cut_off = found.last_seq > self._last_seq and found.first_seq > self._last_seq + 1
+        check_same(self._opened, found, seen)
+        cut_off = found.last_seq > seen and found.first_seq > seen + 1
         if cut_off and not self._subjects:
-            raise LogGone(f"stream {found.name} begins at {found.first_seq}, {self._last_seq + 1} is wanted")
+            raise LogGone(_cut_off(found, seen + 1))
+        # What lies before the place where reading began may be trimmed, once it is not needed any more.
+        needed = max(self._first_seq, self._started_after + 1)
+        if self._first_seq and found.first_seq > needed:
+            raise LogGone(_cut_off(found, needed))
+        self._first_seq = found.first_seq
+
+    async def _watch_log(self) -> None:
+        """Look now and then whether the log is still there, whole: purged, it would be silent only."""
+        failures = 0
+        while self._gone is None:
+            await asyncio.sleep(random.uniform(_CHECK_S / 2, _CHECK_S))
+            if self._consumer is None:
+                continue
+            try:
+                await self._check()
+                failures = 0
+            except LogGone as gone:
+                self._end(gone)
+            except Disconnected as error:
+                failures += 1
+                if failures >= _FAILURES_MAX:
+                    self._bus.leave_server(str(error))
 
     async def _create(self) -> None:
         inbox = self._bus.new_inbox()
@@ -177,9 +206,8 @@ class _Reader:
             self._restart(f"delivery {delivery} after {self._deliveries}")
             return
         if not self._subjects and seq != self._last_seq + 1:
-            self._gone = LogGone(f"stream {self._opened.name} holds {seq} but not {self._last_seq + 1}")
-            self._drop()
-            self._wake.set()
+            name = self._opened.name
+            self._end(LogGone(f"stream {name} holds {seq} but not {self._last_seq + 1}; {RECOVERY}"))
             return
         self._deliveries = delivery
         self._last_seq = seq
@@ -220,6 +248,11 @@ class _Reader:
         else:
             self._restart(f"{_HEARTBEATS_MISSED_MAX} heartbeats did not come")
 
+    def _end(self, gone: LogGone) -> None:
+        self._gone = gone
+        self._drop()
+        self._wake.set()
+
     def _restart(self, reason: str) -> None:
         _log.info("following anew", stream=self._opened.name, after=self._last_seq, reason=reason)
         self._drop()
@@ -237,3 +270,7 @@ class _Reader:
         if name is not None and self._bus.connected:
             with contextlib.suppress(Disconnected):
                 self._bus.publish(f"$JS.API.CONSUMER.DELETE.{self._opened.name}.{name}", b"")
+
+
+def _cut_off(found: Identity, wanted: int) -> str:
+    return f"stream {found.name} was purged: it begins at {found.first_seq}, {wanted} is wanted; {RECOVERY}"

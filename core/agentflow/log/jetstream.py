@@ -40,17 +40,20 @@ from agentflow.log.port import (
     Refused,
     Unknown,
 )
-from agentflow.log.publisher import NO_RESPONDERS, NOT_PERMITTED, Ack, ApiError, Publisher, read_ack
+from agentflow.log.publisher import NO_RESPONDERS, Ack, ApiError, Publisher, read_ack
 from agentflow.log.stored import DUPLICATE_WINDOW_S, headers_of, is_stored_as, msg_id_of, oversize
 from agentflow.log.stream import (
     MESSAGE_BYTES_MAX,
     StreamInfo,
+    check_same,
     get_message,
     log_config,
     open_stream,
     parse_time_ns,
     stream_info,
+    went_back,
 )
+from agentflow.log.write import KNOWN_ID_IN_BATCH, Write, reason_of
 
 BYTES_MAX: Final = -1
 """Default hard limit of a log: the server's own (`max_file_store`). A positive one is reserved
@@ -62,26 +65,11 @@ _READ_TIMEOUT_S: Final = 5.0
 _ATTEMPT_TIMEOUT_S: Final = 2.0
 # What even a slow disk stores of a large batch.
 _BYTES_PER_S_MIN: Final = 10 * 1024 * 1024
-# Repeating must end while the server surely remembers the message ids.
-_REPEAT_S_MAX: Final = DUPLICATE_WINDOW_S - 20.0
+# A server that cannot reach the others takes no writes, and others may.
+_LEAVE_AFTER_S: Final = 3.0
 _PAUSE_S_FIRST: Final = 0.002
 _PAUSE_S_MAX: Final = 0.25
 
-_WRONG_LAST_SEQUENCE: Final = 10071
-_KNOWN_ID_IN_BATCH: Final = 10201
-_REASONS: Final = {
-    _WRONG_LAST_SEQUENCE: Reason.FENCED,
-    10164: Reason.BUSY,  # another write under this fence is in flight (replicated streams)
-    10158: Reason.BUSY,  # the message id is in process
-    10210: Reason.BUSY,  # too many batches in flight
-    10176: Reason.BUSY,  # the batch was given up before its end
-    10077: Reason.FULL,  # max_bytes
-    10023: Reason.FULL,  # insufficient resources
-    10047: Reason.FULL,  # insufficient storage
-    10054: Reason.TOO_LARGE,
-    10059: Reason.GONE,
-}
-_TOO_MANY_REQUESTS: Final = 429
 
 # What a direct get adds to the message's own headers.
 _SUBJECT: Final = "Nats-Subject"
@@ -90,38 +78,6 @@ _TIME: Final = "Nats-Time-Stamp"
 _ADDED: Final = frozenset(
     {_SUBJECT, _SEQUENCE, _TIME, "Nats-Stream", "Nats-Num-Pending", "Nats-Last-Sequence"}
 )
-
-
-class _Write:
-    """One append under way: what is to be stored, and what is known of its fate."""
-
-    def __init__(self, frames: Sequence[Frame], fence: Fence | None, after: int, timeout_s: float) -> None:
-        self.frames: Final = frames
-        self.fence: Final = fence
-        self.after: Final = after
-        """Our messages, if they are stored by this call, come after this sequence."""
-        self.repeatable: Final = all(frame.msg_id is not None for frame in frames)
-        self.in_doubt = False
-        """Whether an earlier attempt may have been stored."""
-        self.detail = "no attempt was made"
-        self.code = 0
-        self._deadline = asyncio.get_running_loop().time() + min(timeout_s, _REPEAT_S_MAX)
-
-    @property
-    def left_s(self) -> float:
-        """Time left."""
-        return self._deadline - asyncio.get_running_loop().time()
-
-    def note(self, detail: str, code: int = 0) -> None:
-        """Remember why the last attempt did not settle it."""
-        self.detail = detail
-        self.code = code
-
-    def given_up(self) -> Appended:
-        """The result when time has run out."""
-        if self.in_doubt:
-            return Unknown(self.detail)
-        return Refused(Reason.BUSY, self.code, self.detail)
 
 
 class JetStreamLog:
@@ -169,22 +125,34 @@ class JetStreamLog:
         return self._namespace
 
     async def identity(self) -> Identity:
-        """The stream's identity and extent now. Raises LogGone, Disconnected."""
-        return (await stream_info(self._bus, self._stream, _READ_TIMEOUT_S)).identity
+        """The stream's identity and extent now; see the port."""
+        known = self._last_known
+        found = (await stream_info(self._bus, self._stream, _READ_TIMEOUT_S)).identity
+        check_same(self._open().identity, found, known)
+        self._last_known = max(self._last_known, found.last_seq)
+        return found
 
-    async def append(self, frame: Frame, *, fence: Fence | None = None, timeout_s: float = 5.0) -> Appended:
-        """Store one frame; see the port.
-
-        Who repeats, in a second call, a write that ended unknown, and is refused by a fence
-        that names another subject, must still look for it with `find`.
-        """
-        return await self._append((frame,), fence, timeout_s)
+    async def append(
+        self,
+        frame: Frame,
+        *,
+        fence: Fence | None = None,
+        timeout_s: float = 5.0,
+        in_doubt_after: int | None = None,
+    ) -> Appended:
+        """Store one frame; see the port."""
+        return await self._append((frame,), fence, timeout_s, in_doubt_after)
 
     async def append_batch(
-        self, frames: Sequence[Frame], *, fence: Fence | None = None, timeout_s: float = 10.0
+        self,
+        frames: Sequence[Frame],
+        *,
+        fence: Fence | None = None,
+        timeout_s: float = 10.0,
+        in_doubt_after: int | None = None,
     ) -> Appended:
         """Store all frames next to each other, or none of them; see the port."""
-        return await self._append(tuple(frames), fence, timeout_s)
+        return await self._append(tuple(frames), fence, timeout_s, in_doubt_after)
 
     async def find(self, msg_id: str, *, after: int) -> int | None:
         """Sequence of the message stored under `msg_id` after sequence `after`, or None."""
@@ -215,28 +183,31 @@ class JetStreamLog:
 
     # Appending.
 
-    async def _append(self, frames: Sequence[Frame], fence: Fence | None, timeout_s: float) -> Appended:
+    async def _append(
+        self, frames: Sequence[Frame], fence: Fence | None, timeout_s: float, in_doubt_after: int | None
+    ) -> Appended:
         assert frames, "nothing to append"
         assert all(frame.subject.startswith(self._prefix) for frame in frames), frames[0].subject
         refused = oversize(frames)
         if refused is not None:
             return refused
-        after = max(self._last_known, 0 if fence is None else fence.seq)
-        return await self._repeat(_Write(frames, fence, after, timeout_s))
+        return await self._repeat(Write(frames, fence, self._last_known, timeout_s, in_doubt_after))
 
-    async def _repeat(self, write: _Write) -> Appended:
+    async def _repeat(self, write: Write) -> Appended:
         """Attempt until the fate is known, the time is over, or another attempt could do harm."""
         for attempt in itertools.count():
             settled = await self._attempt(write)
             if settled is not None:
                 return settled
+            if write.tried_s > _LEAVE_AFTER_S:
+                self._bus.leave_server(f"{self._stream} takes no writes: {write.detail}")
             pause_s = random.uniform(0, min(_PAUSE_S_MAX, _PAUSE_S_FIRST * 2.0 ** min(attempt, 10)))
             if not write.repeatable or write.left_s <= pause_s:
                 break
             await asyncio.sleep(pause_s)
         return await self._give_up(write)
 
-    async def _attempt(self, write: _Write) -> Appended | None:
+    async def _attempt(self, write: Write) -> Appended | None:
         """Send once and judge the answer; None if it did not settle anything."""
         try:
             await self._bus.wait_connected(write.left_s)
@@ -246,12 +217,12 @@ class JetStreamLog:
             return None
         try:
             return await self._judge(write, ack)
-        except (Disconnected, LogGone) as error:  # while looking what became of it
+        except Disconnected as error:  # while looking what became of it
             write.in_doubt = True
             write.note(f"not verified: {error}")
             return None
 
-    async def _judge(self, write: _Write, ack: Ack) -> Appended | None:
+    async def _judge(self, write: Write, ack: Ack) -> Appended | None:
         if ack is None:
             write.in_doubt = True
             write.note("no acknowledgement came")
@@ -260,18 +231,20 @@ class JetStreamLog:
             return await self._judge_error(write, ack)
         if ack.duplicate:
             return await self._judge_duplicate(write, ack.seq)
+        if ack.seq <= write.last_known:
+            raise LogGone(went_back(self._stream, ack.seq, write.last_known))
         self._last_known = max(self._last_known, ack.seq)
         return Done(ack.seq)
 
-    async def _judge_error(self, write: _Write, error: ApiError) -> Appended | None:
-        reason = _reason(error)
+    async def _judge_error(self, write: Write, error: ApiError) -> Appended | None:
+        reason = reason_of(error)
         if reason is Reason.BUSY:
             write.note(error.description, error.err_code or error.code)
             return None
         found = await self._look(write, error)
         if found is not None:
             return found
-        if write.in_doubt and error.err_code == _KNOWN_ID_IN_BATCH:
+        if write.in_doubt and error.err_code == KNOWN_ID_IN_BATCH:
             # Replicas know an id before its message can be read.
             write.note(error.description, error.err_code)
             return None
@@ -279,12 +252,12 @@ class JetStreamLog:
             return Unknown(f"an earlier attempt may arrive yet; the last was refused: {error.description}")
         return Refused(reason, error.err_code or error.code, error.description)
 
-    async def _look(self, write: _Write, error: ApiError) -> Appended | None:
+    async def _look(self, write: Write, error: ApiError) -> Appended | None:
         """Look whether an earlier attempt was stored, if it can have been."""
         if not write.repeatable:
             return None
         first = write.frames[0]
-        if error.err_code == _KNOWN_ID_IN_BATCH:
+        if error.err_code == KNOWN_ID_IN_BATCH:
             after = min(write.after, await self._seq_before_window())
         elif write.fence is not None and write.fence.subject == first.subject:
             # A repeated compare-and-set is refused because of itself, in this call or an earlier one.
@@ -295,11 +268,11 @@ class JetStreamLog:
             return None
         at = await self._find_frame(first, after)
         if at is None:
-            foreign = error.err_code == _KNOWN_ID_IN_BATCH and not write.in_doubt
+            foreign = error.err_code == KNOWN_ID_IN_BATCH and not write.in_doubt
             return Refused(Reason.FOREIGN_ID, error.err_code, error.description) if foreign else None
         return await self._judge_duplicate(write, at + len(write.frames) - 1)
 
-    async def _judge_duplicate(self, write: _Write, last_seq: int) -> Appended:
+    async def _judge_duplicate(self, write: Write, last_seq: int) -> Appended:
         """The message id is in the log: is what lies there ours?"""
         for seq, frame in enumerate(write.frames, last_seq + 1 - len(write.frames)):
             message = await self.read(seq)
@@ -310,17 +283,17 @@ class JetStreamLog:
         self._last_known = max(self._last_known, last_seq)
         return Done(last_seq, duplicate=True)
 
-    async def _give_up(self, write: _Write) -> Appended:
+    async def _give_up(self, write: Write) -> Appended:
         if write.code == NO_RESPONDERS and not write.in_doubt:
             try:
                 await self.identity()
             except LogGone as gone:
                 return Refused(Reason.GONE, write.code, str(gone))
             except Disconnected as error:
-                write.note(str(error))
+                write.note(f"no server takes writes to {self._stream} now: {error}")
         return write.given_up()
 
-    async def _send(self, write: _Write) -> Ack:
+    async def _send(self, write: Write) -> Ack:
         size = sum(len(frame.data) for frame in write.frames)
         timeout_s = max(min(write.left_s, _ATTEMPT_TIMEOUT_S + size / _BYTES_PER_S_MIN), 0.0)
         if len(write.frames) > 1:
@@ -393,15 +366,6 @@ class JetStreamLog:
             else:
                 high = middle - 1
         return low
-
-
-def _reason(error: ApiError) -> Reason:
-    if error.err_code in _REASONS:
-        return _REASONS[error.err_code]
-    if error.code == NOT_PERMITTED:
-        return Reason.DENIED
-    busy = error.code in (_TOO_MANY_REQUESTS, NO_RESPONDERS)
-    return Reason.BUSY if busy else Reason.OTHER
 
 
 def _direct_message(reply: Reply) -> Message:

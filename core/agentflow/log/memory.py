@@ -243,17 +243,33 @@ class MemoryLog:
             bytes_max=stream.bytes_max,
         )
 
-    async def append(self, frame: Frame, *, fence: Fence | None = None, timeout_s: float = 5.0) -> Appended:
+    async def append(
+        self,
+        frame: Frame,
+        *,
+        fence: Fence | None = None,
+        timeout_s: float = 5.0,
+        in_doubt_after: int | None = None,
+    ) -> Appended:
         """Store one frame; see the port."""
-        del timeout_s
-        return await self._append((frame,), fence)
+        return await self.append_batch(
+            (frame,), fence=fence, timeout_s=timeout_s, in_doubt_after=in_doubt_after
+        )
 
     async def append_batch(
-        self, frames: Sequence[Frame], *, fence: Fence | None = None, timeout_s: float = 10.0
+        self,
+        frames: Sequence[Frame],
+        *,
+        fence: Fence | None = None,
+        timeout_s: float = 10.0,
+        in_doubt_after: int | None = None,
     ) -> Appended:
         """Store all frames next to each other, or none of them; see the port."""
         del timeout_s
-        return await self._append(tuple(frames), fence)
+        appended = await self._append(tuple(frames), fence)
+        if in_doubt_after is None or isinstance(appended, Done):
+            return appended
+        return self._search(frames, appended, in_doubt_after)
 
     async def find(self, msg_id: str, *, after: int) -> int | None:
         """Sequence of the message stored under `msg_id` after sequence `after`, or None."""
@@ -310,6 +326,18 @@ class MemoryLog:
         for number, frame in enumerate(frames):
             stream.store(frame, fence if number == 0 else None, now_ns)
         return Done(stream.last_seq)
+
+    def _search(self, frames: Sequence[Frame], appended: Refused | Unknown, after: int) -> Appended:
+        """What became of an earlier call of a write that this call did not store."""
+        stream = self._server.streams.get(self._namespace)
+        at = None if stream is None or frames[0].msg_id is None else stream.find(frames[0].msg_id, after)
+        if stream is not None and at is not None:
+            stored = [stream.message(seq) for seq in range(at, at + len(frames))]
+            if all(each and is_stored_as(frame, each) for frame, each in zip(frames, stored, strict=True)):
+                return Done(at + len(frames) - 1, duplicate=True)
+        if isinstance(appended, Refused) and appended.reason is not Reason.FENCED:
+            return Unknown(f"an earlier attempt may arrive yet; the last was refused: {appended.detail}")
+        return appended
 
     def _stream(self) -> MemoryStream:
         stream = self._server.streams.get(self._namespace)

@@ -4,7 +4,7 @@ Two adapters implement it, `jetstream.JetStreamLog` and `memory.MemoryLog`; one
 conformance suite (tests/integration/log_conformance.py) is run against both.
 
 An append ends in one of three ways and never raises for what the server or the network
-did: `Done` (stored and fsynced, with its position), `Refused` (certainly not stored, with
+did, except LogGone when the log is no longer the one that was opened: `Done` (stored and fsynced, with its position), `Refused` (certainly not stored, with
 the reason) or `Unknown` (sent, never acknowledged). An unknown write is repeated byte for
 byte under the same message id, or looked up with `find`.
 """
@@ -113,7 +113,7 @@ class Log(Protocol):
     """One namespace's log. An async context manager: entered means open and checked.
 
     Entering raises `StreamMismatch` if the stream exists with another configuration
-    (naming each difference), `Disconnected` if no server answers in time.
+    (naming each difference) or cannot have the replicas asked for, `Disconnected` if no server answers in time.
     """
 
     async def __aenter__(self) -> Self: ...
@@ -127,21 +127,43 @@ class Log(Protocol):
         ...
 
     async def identity(self) -> Identity:
-        """The stream's identity and extent now. Raises LogGone, Disconnected."""
+        """The stream's identity and extent now.
+
+        Raises LogGone if it is no longer the log that was opened, or ends before what is known
+        to be stored; Disconnected if nobody can say.
+        """
         ...
 
-    async def append(self, frame: Frame, *, fence: Fence | None = None, timeout_s: float = 5.0) -> Appended:
+    async def append(
+        self,
+        frame: Frame,
+        *,
+        fence: Fence | None = None,
+        timeout_s: float = 5.0,
+        in_doubt_after: int | None = None,
+    ) -> Appended:
         """Store one frame.
 
         With a message id the write is repeated within `timeout_s` until its fate is known;
         without one it is sent once.
+
+        Who repeats a write whose earlier call ended `Unknown` says so with `in_doubt_after`:
+        the sequence after which that call can have stored it (the last one known before it, or
+        0). The log is then searched before a refusal is believed.
+
+        Raises LogGone if the log turns out to be another one than was opened.
         """
         ...
 
     async def append_batch(
-        self, frames: Sequence[Frame], *, fence: Fence | None = None, timeout_s: float = 10.0
+        self,
+        frames: Sequence[Frame],
+        *,
+        fence: Fence | None = None,
+        timeout_s: float = 10.0,
+        in_doubt_after: int | None = None,
     ) -> Appended:
-        """Store all frames next to each other, or none of them."""
+        """Store all frames next to each other, or none of them; otherwise like `append`."""
         ...
 
     async def find(self, msg_id: str, *, after: int) -> int | None:

@@ -6,6 +6,7 @@ a stream that somebody else created differently must be noticed before it is wri
 
 from __future__ import annotations
 
+import asyncio
 import calendar
 import time
 from collections.abc import Mapping
@@ -32,6 +33,13 @@ NO_MESSAGE: Final = 10037
 NO_STREAM: Final = 10059
 _NAME_IN_USE: Final = 10058
 
+_NOT_NOW: Final = 10008
+"""No leader of the cluster."""
+_TOO_FEW_SERVERS: Final = frozenset({10005, 10074})
+
+_ATTEMPT_S_MAX: Final = 2.0
+_PAUSE_S: Final = 0.2
+
 T = TypeVar("T")
 
 
@@ -42,6 +50,13 @@ class _State(Struct, frozen=True, gc=False):
     last_seq: int = 0
 
 
+class _Group(Struct, frozen=True, gc=False):
+    """The servers that hold a stream."""
+
+    leader: str = ""
+    replicas: list[dict[str, Any]] = []
+
+
 class StreamInfo(Struct, frozen=True, gc=False):
     """What the server says of a stream."""
 
@@ -50,6 +65,13 @@ class StreamInfo(Struct, frozen=True, gc=False):
     ts: str = ""
     """The server's time of answering."""
     state: _State = _State()
+    cluster: _Group | None = None
+    """None if the server is alone."""
+
+    @property
+    def led(self) -> bool:
+        """Whether somebody leads the stream: otherwise this is what one replica knew some time ago."""
+        return self.cluster is None or bool(self.cluster.leader)
 
     @property
     def identity(self) -> Identity:
@@ -93,6 +115,10 @@ class ApiFailed(OperatingError):
     def __init__(self, request: str, error: ApiError) -> None:
         super().__init__(f"{request}: {error.description} ({error.err_code})")
         self.error = error
+
+
+class _TooFewServers(StreamMismatch):
+    """More replicas are asked for than there are servers, so far."""
 
 
 def log_config(namespace: str, *, replicas: int, bytes_max: int) -> dict[str, Any]:
@@ -153,6 +179,11 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
         for option, value in expected.items()
         if option not in _FREE and found.get(option, type(value)()) != value
     ]
+    wanted, replicas = expected["num_replicas"], found.get("num_replicas", 1)
+    if replicas < wanted:
+        name = expected["name"]
+        advice = f"change it with 'nats stream edit {name} --replicas {wanted}', or ask for {replicas}"
+        wrong.append(f"num_replicas: expected {wanted} or more, found {replicas} ({advice})")
     unwanted = [option for option in _MUST_BE_UNSET if found.get(option)]
     return wrong + [f"{option}: expected unset, found {found[option]!r}" for option in unwanted]
 
@@ -173,31 +204,83 @@ async def ask(
 
 
 async def stream_info(bus: Bus, name: str, timeout_s: float) -> StreamInfo:
-    """Describe a stream. Raises LogGone if there is none, Disconnected."""
+    """Describe a stream. Raises LogGone if there is none, Disconnected.
+
+    A replica without a leader answers too, with what it knew when it lost touch. That is not
+    believed: it would make the log look as if it had gone back.
+    """
     try:
-        return await ask(bus, f"STREAM.INFO.{name}", None, StreamInfo, timeout_s)
+        info = await ask(bus, f"STREAM.INFO.{name}", None, StreamInfo, timeout_s)
     except ApiFailed as failed:
         if failed.error.err_code == NO_STREAM:
             raise LogGone(f"there is no stream {name}") from failed
         raise Disconnected(str(failed)) from failed
+    if not info.led:
+        count = info.config.get("num_replicas", 1)
+        raise Disconnected(
+            f"stream {name} has no leader: fewer than {count // 2 + 1} of the {count} servers that hold it"
+            " reach each other, or they are electing"
+        )
+    return info
+
+
+def check_same(opened: Identity, found: Identity, last_known: int) -> None:
+    """Raise LogGone unless what is found is what was opened, and all that was known is there."""
+    if found.created_ns != opened.created_ns:
+        raise LogGone(
+            f"stream {found.name} was deleted and created again: expected the one created at"
+            f" {_shown(opened.created_ns)}, found one of {_shown(found.created_ns)}; {RECOVERY}"
+        )
+    if found.last_seq < last_known:
+        raise LogGone(went_back(found.name, found.last_seq, last_known))
+
+
+RECOVERY: Final = "restore it from a backup, or start all nodes anew, with nothing of what was in it"
+
+
+def went_back(name: str, found: int, known: int) -> str:
+    """The words for a log that lost its end."""
+    return f"stream {name} went back: it ends at {found}, {known} was seen; {RECOVERY}"
+
+
+def _shown(time_ns: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time_ns / 1e9))
 
 
 async def open_stream(bus: Bus, config: dict[str, Any], *, create: bool, timeout_s: float) -> StreamInfo:
     """Describe the stream, creating it if it is missing and `create` is set, and check it.
 
-    Raises StreamMismatch naming every difference, LogGone if it is missing, Disconnected.
+    Servers that are electing, or looking for each other, are waited for. Raises StreamMismatch
+    naming every difference, LogGone if it is missing, Disconnected.
     """
     name = config["name"]
-    try:
-        info = await stream_info(bus, name, timeout_s)
-    except LogGone:
-        if not create:
-            raise
-        info = await _create(bus, config, timeout_s)
+    info = await _describe_when_possible(bus, config, create=create, timeout_s=timeout_s)
     wrong = differences(config, info.config)
     if wrong:
         raise StreamMismatch(f"stream {name} is not as AgentFlow needs it: " + "; ".join(wrong))
     return info
+
+
+async def _describe_when_possible(
+    bus: Bus, config: dict[str, Any], *, create: bool, timeout_s: float
+) -> StreamInfo:
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while True:
+        try:
+            return await _describe(bus, config, create=create, timeout_s=min(timeout_s, _ATTEMPT_S_MAX))
+        except (Disconnected, _TooFewServers):
+            if asyncio.get_running_loop().time() + _PAUSE_S >= deadline:
+                raise
+            await asyncio.sleep(_PAUSE_S)
+
+
+async def _describe(bus: Bus, config: dict[str, Any], *, create: bool, timeout_s: float) -> StreamInfo:
+    try:
+        return await stream_info(bus, config["name"], timeout_s)
+    except LogGone:
+        if not create:
+            raise
+        return await _create(bus, config, timeout_s)
 
 
 async def get_message(
@@ -224,6 +307,14 @@ async def _create(bus: Bus, config: dict[str, Any], timeout_s: float) -> StreamI
     except ApiFailed as failed:
         if failed.error.err_code == _NAME_IN_USE:  # somebody else was quicker
             return await stream_info(bus, name, timeout_s)
+        if failed.error.err_code in _TOO_FEW_SERVERS:
+            replicas = config["num_replicas"]
+            raise _TooFewServers(
+                f"stream {name} cannot have {replicas} replicas ({failed.error.description}): run {replicas}"
+                " nats-servers in one cluster, or ask for fewer replicas"
+            ) from failed
+        if failed.error.err_code == _NOT_NOW:
+            raise Disconnected(f"cannot create stream {name}: {failed}") from failed
         raise OperatingError(f"cannot create stream {name}: {failed}") from failed
 
 
