@@ -8,6 +8,8 @@ from types import TracebackType
 from typing import Self
 
 _CHUNK_BYTES = 64 * 1024
+_TICK_S = 0.000_001
+"""What is delayed by the same time keeps its order by this much."""
 
 
 class FaultProxy:
@@ -27,10 +29,14 @@ class FaultProxy:
         self._to_server.set()
         self._to_client.set()
         self._dropping_answers = False
+        self._dropping_acks = False
+        self._delay_s = 0.0
         self.connections = 0
         """How many connections were ever accepted."""
         self.dropped_bytes = 0
         """How much `drop_answers` has swallowed."""
+        self.dropped_acks = 0
+        """How many acknowledgements `drop_acks` has swallowed."""
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -73,10 +79,23 @@ class FaultProxy:
         """Swallow what the server says; what the client says arrives."""
         self._dropping_answers = True
 
+    def drop_acks(self) -> None:
+        """Swallow the acknowledgements of writes; all else passes, so the connection looks sound.
+
+        Connections are reset first: what the server says is read from its beginning.
+        """
+        self._dropping_acks = True
+        self.cut()
+
+    def delay(self, seconds: float) -> None:
+        """Let everything take so much longer, each way."""
+        self._delay_s = seconds
+
     def heal(self) -> None:
         """End all faults. What was swallowed stays lost, so connections are reset."""
         was_lossy = self._dropping_answers
-        self._refusing = self._dropping_answers = False
+        self._refusing = self._dropping_answers = self._dropping_acks = False
+        self._delay_s = 0.0
         self._to_server.set()
         self._to_client.set()
         if was_lossy:
@@ -91,7 +110,11 @@ class FaultProxy:
             writer.transport.abort()
             return
         self.connections += 1
-        upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+        try:
+            upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+        except OSError:  # nobody listens there
+            writer.transport.abort()
+            return
         ends = {writer, upstream_writer}
         self._writers |= ends
         try:
@@ -107,12 +130,75 @@ class FaultProxy:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, to_server: bool
     ) -> None:
         passing = self._to_server if to_server else self._to_client
+        line = _Line(writer)
+        acks = _AckFilter() if self._dropping_acks and not to_server else None
         with contextlib.suppress(OSError):
             while data := await reader.read(_CHUNK_BYTES):
                 await passing.wait()
                 if self._dropping_answers and not to_server:
                     self.dropped_bytes += len(data)
                     continue
-                writer.write(data)
+                if acks is not None:
+                    data, dropped = acks.strain(data, dropping=self._dropping_acks)
+                    self.dropped_acks += dropped
+                line.send(data, self._delay_s)
                 await writer.drain()
         writer.transport.abort()
+
+
+class _Line:
+    """Sends in order, also while the delay changes."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._loop = asyncio.get_running_loop()
+        self._last = 0.0
+        """When the last of what is under way arrives."""
+
+    def send(self, data: bytes, delay_s: float) -> None:
+        now = self._loop.time()
+        if not delay_s and self._last <= now:
+            self._writer.write(data)
+            return
+        self._last = max(now + delay_s, self._last + _TICK_S)
+        self._loop.call_at(self._last, self._arrive, data)
+
+    def _arrive(self, data: bytes) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(data)
+
+
+class _AckFilter:
+    """Reads what a NATS server says to one client, and leaves out the acknowledgements of writes."""
+
+    _MESSAGES = (b"MSG ", b"HMSG ")
+    _ACK = b'{"stream":'
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def strain(self, data: bytes, *, dropping: bool) -> tuple[bytes, int]:
+        """What passes of all that has come whole, and how many acknowledgements do not."""
+        self._held += data
+        passed = bytearray()
+        dropped = at = 0
+        while (found := self._next(at)) is not None:
+            body, end = found
+            if dropping and self._held.startswith(self._ACK, body):
+                dropped += 1
+            else:
+                passed += self._held[at:end]
+            at = end
+        del self._held[:at]
+        return bytes(passed), dropped
+
+    def _next(self, at: int) -> tuple[int, int] | None:
+        """Where the body of the next thing said begins and where it ends; None if it has not come whole."""
+        line_end = self._held.find(b"\r\n", at)
+        if line_end < 0:
+            return None
+        body = line_end + 2
+        if not self._held.startswith(self._MESSAGES, at):
+            return body, body
+        end = body + int(self._held[at:line_end].rsplit(b" ", 1)[1]) + 2
+        return (body, end) if end <= len(self._held) else None

@@ -1,0 +1,297 @@
+"""One client of a campaign, in a process of its own: `python -m tests.chaos.load`.
+
+It writes what it is about to do into its journal before it does it, and afterwards how that went:
+`ok` (acknowledged), `fail` (certainly not in the log) or `unknown`. What was unknown is handed
+over again under the same id, as a careful client would.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from msgspec import Struct
+
+import agentflow
+from agentflow import wire
+from agentflow.client.handle import Handle
+from agentflow.errors import AgentFlowError, AppendRefused, InvalidRequest
+from agentflow.events import TaskSubmitted
+from agentflow.fresh import new_id
+from tests.chaos import app
+from tests.chaos.journal import Journal
+from tests.chaos.options import NAMESPACE
+
+PATIENCE_S = 2.0
+"""After this long without an acknowledgement the client calls a write unknown."""
+_TICK_S = 0.05
+_BULKS_MAX = 6
+"""Bulk submissions under way at once."""
+_SINGLES_MAX = 48
+_BULK_TASKS_MAX = 1_000
+_REPEATS_MAX = 40
+_TOLD_WITHIN_S = 150.0
+_RECENT = 256
+SHELL_SCRIPT = 'env | sort; test -n "$CHAOS_NUMBER"'
+"""Shows all that a task's environment holds."""
+
+_POISON = (
+    b"",
+    b"\x00\xff",
+    b"[]",
+    b'{"function":"noop","args":[NaN]}',
+    b'{"function":"noop","function":"noop"}',
+    b'[{"function":"noop"},5]',
+    b'{"id":"at-1-1","function":"noop"}',
+    b"[" * 500,
+)
+
+
+class _Known(Struct, frozen=True):
+    """Something handed over and acknowledged."""
+
+    number: int
+    handle: Handle[Any]
+    event: TaskSubmitted | None = None
+
+
+class Load:
+    """What one client does. All chance comes from its seed."""
+
+    def __init__(self, client: agentflow.Client, journal: Journal, chance: random.Random) -> None:
+        self._client = client
+        self._journal = journal
+        self._chance = chance
+        self._number = 0
+        self.handed_over = 0
+        """Tasks given to the log, whatever became of them."""
+        self._recent: deque[_Known] = deque(maxlen=_RECENT)
+        self._bulks: set[asyncio.Task[None]] = set()
+        self._singles: set[asyncio.Task[None]] = set()
+        self._told: set[asyncio.Task[None]] = set()
+        self._acts: list[Callable[[], Awaitable[None]]] = [
+            self._effect,
+            self._nap,
+            self._flaky,
+            self._shell,
+            self._workflow,
+            self._cancel,
+            self._again,
+            self._conflict,
+            self._odd,
+            self._reprioritize,
+            self._poison,
+        ]
+
+    async def run(self, tasks: int, seconds: float) -> None:
+        """Hand over about so many tasks in this time, and wait for what became of some of them."""
+        began = time.monotonic()
+        while self.handed_over < tasks:
+            elapsed = time.monotonic() - began
+            due = min(tasks, int(tasks * (elapsed + _TICK_S) / seconds))
+            if len(self._singles) < _SINGLES_MAX:
+                self._start(self._singles, self._chance.choice(self._acts)())
+            missing = due - self.handed_over
+            while missing > 0 and len(self._bulks) < _BULKS_MAX:
+                count = min(missing, _BULK_TASKS_MAX)
+                self._start(self._bulks, self._bulk(count))
+                missing -= count
+            await asyncio.sleep(_TICK_S)
+        await _all(self._bulks)
+        await _all(self._singles)
+        await _all(self._told)
+
+    def _start(self, among: set[asyncio.Task[None]], act: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(act)
+        among.add(task)
+        task.add_done_callback(among.discard)
+
+    def _intend(self, kind: str, count: int = 1, tasks: int = 1, **more: Any) -> int:
+        """Take the next numbers, and say what for."""
+        first = self._number
+        self._number += count
+        self.handed_over += tasks
+        self._journal.write(op="intent", kind=kind, n=first, count=count, **more)
+        return first
+
+    async def _try(self, number: int, act: Awaitable[Any]) -> Any:
+        """Do it and write down how it went; what it returned, None unless it was acknowledged."""
+        try:
+            done = await asyncio.wait_for(act, PATIENCE_S)
+        except (AppendRefused, InvalidRequest) as error:
+            self._journal.write(op="fail", n=number, why=str(error)[:200])
+        except (AgentFlowError, TimeoutError) as error:
+            self._journal.write(op="unknown", n=number, why=str(error)[:200])
+        else:
+            self._journal.write(op="ok", n=number)
+            return done
+        return None
+
+    # What is handed over ---------------------------------------------------------------
+
+    async def _bulk(self, count: int) -> None:
+        first = self._intend("bulk", count, count)
+        calls = [(number,) for number in range(first, first + count)]
+        handles = await self._try(first, self._client.submit_many(app.noop, calls))
+        if handles:
+            place = self._chance.randrange(count)
+            self._remember(_Known(first + place, handles[place]))
+
+    async def _hand_over(self, kind: str, event: TaskSubmitted, number: int) -> None:
+        """One task under an id of our own, until it is acknowledged."""
+        event = TaskSubmitted(**{name: getattr(event, name) for name in event.__struct_fields__} | {"id": new_id()})
+        for _ in range(_REPEATS_MAX):
+            handle = await self._try(number, self._client.submit_task(event))
+            if handle is not None:
+                self._remember(_Known(number, handle, event))
+                return
+            self._journal.write(op="intent", kind="repeat", n=number, count=1)
+            await asyncio.sleep(self._chance.uniform(0.05, 0.3))
+        self._journal.write(op="unknown", n=number, why="given up")
+
+    def _remember(self, known: _Known) -> None:
+        self._recent.append(known)
+        if self._chance.random() < 0.3:  # noqa: PLR2004 - a share
+            self._start(self._told, self._listen(known))
+
+    async def _listen(self, known: _Known) -> None:
+        """Wait for its end, as a client does."""
+        try:
+            told = await asyncio.wait_for(known.handle.outcome(), _TOLD_WITHIN_S)
+        except (TimeoutError, AgentFlowError) as error:
+            self._journal.write(op="untold", n=known.number, task=known.handle.id, why=repr(error)[:200])
+            return
+        self._journal.write(
+            op="told", n=known.number, task=told.id, state=told.state, seq=told.seq, index=told.index
+        )
+
+    async def _effect(self) -> None:
+        number = self._intend("effect")
+        await self._hand_over("effect", TaskSubmitted(function="effect", args=[number]), number)
+
+    async def _nap(self) -> None:
+        number = self._intend("nap")
+        seconds = round(self._chance.choice((0.01, 0.05, 0.2, 0.5, 2.0)), 3)
+        options = app.nap.wire_options
+        await self._hand_over("nap", TaskSubmitted(function="nap", args=[number, seconds], **options), number)
+
+    async def _flaky(self) -> None:
+        number = self._intend("flaky")
+        args = [number, self._chance.randint(1, 5)]
+        await self._hand_over(
+            "flaky", TaskSubmitted(function="flaky", args=args, **app.flaky.wire_options), number
+        )
+
+    async def _shell(self) -> None:
+        number = self._intend("shell")
+        event = TaskSubmitted(shell=SHELL_SCRIPT, env={"CHAOS_NUMBER": str(number)})
+        await self._hand_over("shell", event, number)
+
+    async def _odd(self) -> None:
+        """What fails for good, takes too long, or has a large result."""
+        kind = self._chance.choice(("hopeless", "slow", "large", "nap_in_thread"))
+        number = self._intend(kind)
+        function = agentflow.registered()[kind]
+        args: list[Any] = [number, 0.1] if kind == "nap_in_thread" else [number]
+        await self._hand_over(kind, TaskSubmitted(function=kind, args=args, **function.wire_options), number)
+
+    async def _workflow(self) -> None:
+        count = self._chance.randint(3, 20)
+        number = self._intend("workflow", 1, count)
+        flow = agentflow.Workflow(str(number), id=new_id())
+        steps: list[Any] = []
+        for _ in range(count):
+            upstream = self._chance.sample(steps, min(len(steps), self._chance.randint(0, 3)))
+            broken = self._chance.random() < 0.03  # noqa: PLR2004 - a share
+            step = flow.add(app.hopeless, number) if broken else flow.add(app.added, number, *upstream)
+            if broken and upstream:
+                flow.after(step, *upstream)
+            steps.append(step)
+        for _ in range(_REPEATS_MAX):
+            handle = await self._try(number, self._client.submit_workflow(flow))
+            if handle is not None:
+                self._remember(_Known(number, handle))
+                return
+            self._journal.write(op="intent", kind="repeat", n=number, count=1)
+
+    # What is said about what was handed over -------------------------------------------
+
+    def _any_recent(self) -> _Known | None:
+        return self._chance.choice(self._recent) if self._recent else None
+
+    async def _cancel(self) -> None:
+        known = self._any_recent()
+        if known is not None:
+            number = self._intend("cancel", tasks=0, task=known.handle.id)
+            await self._try(number, self._client.cancel(known.handle.id, "chaos"))
+
+    async def _reprioritize(self) -> None:
+        known = self._any_recent()
+        if known is not None and known.event is not None:
+            number = self._intend("reprioritize", tasks=0, task=known.handle.id)
+            await self._try(number, self._client.reprioritize(known.handle.id, "high"))
+
+    async def _again(self) -> None:
+        """The same task under the same id: it must not run again."""
+        known = self._any_recent()
+        if known is not None and known.event is not None:
+            self._journal.write(op="intent", kind="again", n=known.number, count=1)
+            await self._try(known.number, self._client.submit_task(known.event))
+
+    async def _conflict(self) -> None:
+        """Another task under an id that is taken: it must be rejected."""
+        known = self._any_recent()
+        if known is not None and known.event is not None:
+            number = self._intend("conflict", tasks=0, task=known.handle.id)
+            event = TaskSubmitted(id=known.handle.id, function="noop", args=[number])
+            await self._try(number, self._client.submit_task(event))
+
+    async def _poison(self) -> None:
+        """What no client should write, and anyone can."""
+        self._intend("poison", tasks=0)
+        subject = wire.event(NAMESPACE, self._chance.choice(("task.submitted", "no.such")), "poison")
+        try:
+            self._client.bus.publish(subject, self._chance.choice(_POISON))
+        except AgentFlowError:
+            return
+
+
+async def _all(tasks: set[asyncio.Task[None]]) -> None:
+    while tasks:
+        await asyncio.gather(*tasks)
+
+
+async def _main(given: argparse.Namespace) -> None:
+    journal = Journal(Path(given.journal))
+    try:
+        async with agentflow.Client(
+            given.url.split(","), namespace=NAMESPACE, name=given.name, replicas=given.replicas
+        ) as client:
+            load = Load(client, journal, random.Random(f"{given.seed} {given.name}"))
+            await load.run(given.tasks, given.seconds)
+        journal.write(op="done")
+    finally:
+        journal.close()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--journal", required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--tasks", type=int, required=True)
+    parser.add_argument("--replicas", type=int, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    uvloop.run(_main(_arguments()))
