@@ -118,8 +118,8 @@ class MemoryStream:
         self.bytes = 0
         self._seq_by_id: dict[str, int] = {}
         self._last_by_subject: dict[str, int] = {}
-        # In the order in which they came: sets have another one in every process.
-        self._readers: dict[asyncio.Event, None] = {}
+        # With the subjects they wait for. In the order in which they came: a set has another one in every process.
+        self._readers: dict[asyncio.Event, tuple[str, ...]] = {}
 
     @property
     def first_seq(self) -> int:
@@ -171,7 +171,9 @@ class MemoryStream:
         self._last_by_subject[frame.subject] = self.last_seq
         if frame.msg_id is not None:
             self._seq_by_id[frame.msg_id] = self.last_seq
-        self.wake()
+        for reader, patterns in self._readers.items():
+            if not patterns or _matches_any(patterns, frame.subject):
+                reader.set()
         return self.last_seq
 
     def purge(self, before: int) -> None:
@@ -192,10 +194,10 @@ class MemoryStream:
         for reader in self._readers:
             reader.set()
 
-    async def wait(self) -> None:
-        """Wait until something changes."""
+    async def wait(self, patterns: tuple[str, ...]) -> None:
+        """Wait for a message on one of the subjects (none: any), or for something worse."""
         changed = asyncio.Event()
-        self._readers[changed] = None
+        self._readers[changed] = patterns
         try:
             await changed.wait()
         finally:
@@ -298,14 +300,13 @@ class MemoryLog:
                 )
             if not subjects and stream.first_seq > after + 1:
                 raise LogGone(f"stream {stream.name} begins at {stream.first_seq}, {after + 1} is wanted")
-            if stream.last_seq == after:
-                await stream.wait()
-                continue
             wanted = stream.after(after)
             after = stream.last_seq
             if patterns:
                 wanted = [message for message in wanted if _matches_any(patterns, message.subject)]
-            if wanted:
+            if not wanted:
+                await stream.wait(patterns)
+            else:
                 yield wanted
 
     def arrive(self, frames: Sequence[Frame], fence: Fence | None) -> Appended:
