@@ -26,13 +26,15 @@ from msgspec import Struct
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.ending import end_tasks
-from agentflow.errors import Disconnected
+from agentflow.errors import Disconnected, OperatingError
 from agentflow.frames import encode
 from agentflow.notices import StatusRequest
 from agentflow_nodes.cli.errors import CliError, Exit, operating
-from agentflow_nodes.embedded import EmbeddedServer
+from agentflow_nodes.cli.kept import check_log, keep_log
+from agentflow_nodes.embedded import EmbeddedCluster, EmbeddedServer, replicas_of
+from agentflow_nodes.embedded.replicated import check_replicas
 
-READY_S_MAX: Final = 30.0
+READY_S_MAX: Final = 60.0
 _PAUSE_S_FIRST: Final = 0.5
 _PAUSE_S_MAX: Final = 30.0
 _STABLE_S: Final = 60.0
@@ -53,7 +55,9 @@ class ClusterConfig(Struct, frozen=True, kw_only=True):
 
     data_dir: Path
     port: int = 0
-    """Of the NATS server; 0: any that is free."""
+    """Of the (first) NATS server; 0: any that is free."""
+    replicas: int | None = None
+    """NATS servers; None: as many as the folder holds, one in a new one."""
     namespace: str = "default"
     workers: int = 1
     slots: int = 4
@@ -69,9 +73,11 @@ class Cluster:
 
     def __init__(self, config: ClusterConfig, tell: Tell) -> None:
         self.config: Final = config
-        self.url = ""
+        self.urls: list[str] = []
         self._tell = tell
-        self._server: EmbeddedServer | None = None
+        self._server: EmbeddedServer | EmbeddedCluster | None = None
+        self._halt: CliError | None = None
+        self._halted = asyncio.Event()
         self._workers: list[Child] = []
         self._master: Child | None = None
         self._keepers: list[asyncio.Task[None]] = []
@@ -79,14 +85,16 @@ class Cluster:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            self._server = EmbeddedServer(self.config.data_dir, port=self.config.port)
+            self._server = self._make_server()
             await stack.enter_async_context(self._server)
-            self.url = self._server.url
+            self.urls = self._server.urls
+            await check_log(self.config.data_dir, self.urls, self.config.namespace)
             stack.push_async_callback(self._stop)
             self._make_children()
             async with asyncio.timeout(READY_S_MAX):
                 await asyncio.gather(*(child.start() for child in self._children()))
                 await self._wait_leader()
+            await keep_log(self.config.data_dir, self.urls, self.config.namespace)
             self._keepers = [asyncio.create_task(self._keep(child)) for child in self._children()]
             self._stack = stack.pop_all()
         return self
@@ -96,15 +104,25 @@ class Cluster:
     ) -> None:
         await self._stack.aclose()
 
+    @property
+    def url(self) -> str:
+        """Where its servers are, as one text."""
+        return ",".join(self.urls)
+
     async def gone_or(self, asked: asyncio.Event) -> None:
-        """Wait until somebody asks to stop. Raises CliError if the server ended for good before."""
+        """Wait until somebody asks to stop.
+
+        Raises CliError if the server ended for good before, or the log is no longer what it was.
+        """
         assert self._server is not None
-        waits = [asyncio.ensure_future(event.wait()) for event in (asked, self._server.gone)]
+        waits = [asyncio.ensure_future(event.wait()) for event in (asked, self._server.gone, self._halted)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
+        if self._halt is not None:
+            raise self._halt
         if self._server.gone.is_set() and not asked.is_set():
             raise operating(f"the NATS server ended and does not start again; see {self._server.log_file}")
 
@@ -121,11 +139,20 @@ class Cluster:
     def _children(self) -> list[Child]:
         return ([self._master] if self._master is not None else []) + self._workers
 
+    def _make_server(self) -> EmbeddedServer | EmbeddedCluster:
+        folder, port = self.config.data_dir, self.config.port
+        replicas = self.config.replicas or replicas_of(folder) or 1
+        check_replicas(folder, replicas)
+        if replicas == 1:
+            return EmbeddedServer(folder, port=port)
+        return EmbeddedCluster(folder, replicas=replicas, port=port)
+
     def _make_children(self) -> None:
         config = self.config
         self.log_dir.mkdir(parents=True, exist_ok=True)
         assert self._server is not None
         common = ["--nats", self.url, "--namespace", config.namespace, "--supervised"]
+        common += ["--replicas", str(len(self.urls))]
         self._master = self._child(
             "master", ["master", "--log-bytes-max", str(self._server.max_store_bytes), *common]
         )
@@ -148,7 +175,7 @@ class Cluster:
     async def _wait_leader(self) -> None:
         """Until a leader answers: from here on what is submitted runs at once."""
         subject = wire.service(self.config.namespace, "status")
-        async with Bus(self.url, name="agentflow up") as bus:
+        async with Bus(self.urls, name="agentflow up") as bus:
             while True:
                 try:
                     await bus.request(subject, encode(StatusRequest([])), _ASK_S)
@@ -158,19 +185,30 @@ class Cluster:
                     return
 
     async def _keep(self, child: Child) -> None:
-        """Start a child again whenever it ends."""
+        """Start a child again whenever it ends, unless the log is gone: then none can go on."""
         pause_s = _PAUSE_S_FIRST
         while True:
             begun = time.monotonic()
             status = await child.wait()
+            if status == Exit.LOG_GONE:
+                self._halt_because_of(child)
+                return
             if time.monotonic() - begun > _STABLE_S:
                 pause_s = _PAUSE_S_FIRST
             self._tell(f"{child.name} ended ({_described(status)}): starting it again in {pause_s:g} s")
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _PAUSE_S_MAX)
-            with contextlib.suppress(CliError):
+            try:
                 await child.start()
                 self._tell(f"{child.name} is back")
+            except CliError as error:
+                if error.code is Exit.LOG_GONE:
+                    self._halt_because_of(child)
+                    return
+
+    def _halt_because_of(self, child: Child) -> None:
+        self._halt = CliError(f"{child.name} halted: {child.last_words()}", Exit.LOG_GONE)
+        self._halted.set()
 
     async def _stop(self) -> None:
         await end_tasks(*self._keepers)
@@ -178,6 +216,10 @@ class Cluster:
         await asyncio.gather(*(worker.stop(patience_s) for worker in self._workers))
         if self._master is not None:
             await self._master.stop(_KILL_AFTER_S)
+        assert self._server is not None
+        if self._halt is None and self._keepers and not self._server.gone.is_set():
+            with contextlib.suppress(OperatingError, CliError):
+                await keep_log(self.config.data_dir, self.urls, self.config.namespace)
 
 
 class Child:
@@ -244,4 +286,4 @@ def _described(status: int) -> str:
 
 
 def _exit_of(status: int) -> Exit:
-    return Exit(status) if status in (Exit.USAGE, Exit.NOT_FOUND) else Exit.OPERATING
+    return Exit(status) if status in (Exit.USAGE, Exit.NOT_FOUND, Exit.LOG_GONE) else Exit.OPERATING

@@ -6,6 +6,8 @@
 3    there is no such task, workflow or namespace
 4    NATS cannot be reached, or something around us failed
 5    the leader rejected what was asked
+6    the log is not the one it was: deleted, created again, purged or cut under us. Starting again
+     does not help; the message says what was expected, what was found and what to do
 130  interrupted with Ctrl-C
 """
 
@@ -23,6 +25,7 @@ class Exit(enum.IntEnum):
     NOT_FOUND = 3
     OPERATING = 4
     REJECTED = 5
+    LOG_GONE = 6
     INTERRUPTED = 130
 
 
@@ -68,6 +71,8 @@ def _code_of(error: BaseException) -> Exit | None:
             return Exit.USAGE
         case errors.SubmissionRejected():
             return Exit.REJECTED
+        case errors.LogGone():
+            return Exit.LOG_GONE
         case errors.TaskError():
             return Exit.FAILED
         case errors.AgentFlowError() | TimeoutError() | OSError():

@@ -11,6 +11,7 @@ from agentflow.events import Policy
 from agentflow_nodes.cli.daemon import Supervised, default_name, node_logs, serve
 from agentflow_nodes.cli.errors import usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
+from agentflow_nodes.cli.replicas import Replicas, check_replicas
 from agentflow_nodes.cli.session import run, target
 from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.node import Master
@@ -37,6 +38,7 @@ def master_command(  # noqa: PLR0913, PLR0917 - options
             help="Turn submissions away near this size of the log; 0: the stream's own limit.",
         ),
     ] = 0,
+    replicas: Replicas = 1,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -52,6 +54,7 @@ def master_command(  # noqa: PLR0913, PLR0917 - options
 
         agentflow master
         agentflow master --nats nats://10.0.0.5:4222 --strategy bin_packing
+        agentflow master --nats nats://n1:4222,nats://n2:4222,nats://n3:4222 --replicas 3
     """
     where = target(nats, namespace)
     if strategy not in STRATEGIES:
@@ -63,6 +66,7 @@ def master_command(  # noqa: PLR0913, PLR0917 - options
         lease_ttl_s=lease_ttl_s,
         worker_ttl_s=worker_ttl_s,
         policy=Policy(strategy=strategy),
+        replicas=check_replicas(replicas),
         log_bytes_max=log_bytes_max,
     )
     told = {"node": "master", "name": config.name, "url": where.url, "namespace": namespace}

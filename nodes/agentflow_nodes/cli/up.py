@@ -14,6 +14,7 @@ from agentflow_nodes.cli.daemon import Stop
 from agentflow_nodes.cli.errors import CliError, Exit
 from agentflow_nodes.cli.options import Debug, Json, Namespace, default_slots
 from agentflow_nodes.cli.output import console, plain, print_json, say
+from agentflow_nodes.cli.replicas import check_replicas
 from agentflow_nodes.cli.session import run, target
 
 _PORT: Final = 4222
@@ -26,6 +27,15 @@ def up_command(  # noqa: PLR0913, PLR0917 - options
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port of the NATS server; 0: any that is free.")
     ] = _PORT,
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            "--replicas",
+            metavar="N",
+            help="NATS servers to run, each with a copy of the log: 1, 3 or 5.",
+            show_default="as many as the folder holds; 1 in a new one",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", min=0, help="How many workers, one process each.")] = 1,
     slots: Annotated[
         int | None,
@@ -54,18 +64,21 @@ def up_command(  # noqa: PLR0913, PLR0917 - options
 
     Ctrl-C or SIGTERM ends all in order: workers finish what they run, then the master, then
     the server. A second Ctrl-C ends everything at once. What was acknowledged is on disk and
-    there again at the next start.
+    there again at the next start. With --replicas 3 three NATS servers run on the ports from
+    --port on, and the work goes on while one of them is dead; they share this machine's disk.
 
     For example:
 
         agentflow up
         agentflow up --workers 4 --app tasks.py
+        agentflow up --replicas 3
         agentflow up --port 0 --data-dir /var/lib/agentflow --json
     """
     where = target(None, namespace)
     config = ClusterConfig(
         data_dir=data_dir,
         port=port,
+        replicas=None if replicas is None else check_replicas(replicas),
         namespace=where.namespace,
         workers=workers,
         slots=slots or default_slots(),
@@ -97,6 +110,7 @@ def _say_ready(cluster: Cluster, seconds: float, *, as_json: bool) -> None:
             {
                 **told,
                 "slots": config.slots,
+                "replicas": len(cluster.urls),
                 "data_dir": str(config.data_dir),
                 "pid": os.getpid(),
                 "seconds": round(seconds, 3),
@@ -105,7 +119,7 @@ def _say_ready(cluster: Cluster, seconds: float, *, as_json: bool) -> None:
         return
     workers = f"{config.workers} worker{'' if config.workers == 1 else 's'} of {config.slots} slots"
     out = console()
-    out.print(plain(f"AgentFlow is ready at {cluster.url}", "bold green"), end="")
+    out.print(plain(f"AgentFlow is ready at {', '.join(cluster.urls)}", "bold green"), end="")
     out.print(plain(f"  after {seconds:.1f} s: {workers}, data in {config.data_dir}", "bright_black"))
     for line in _hints(cluster.url, config.namespace):
         out.print(plain(f"  {line}", "cyan"), soft_wrap=True)

@@ -12,6 +12,7 @@ import typer
 from agentflow_nodes.apps import load_app
 from agentflow_nodes.cli.daemon import Supervised, default_name, node_logs, serve
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats, default_slots, parse_labels
+from agentflow_nodes.cli.replicas import Replicas, check_replicas
 from agentflow_nodes.cli.session import run, target
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
@@ -62,6 +63,7 @@ def worker_command(  # noqa: PLR0913, PLR0917 - options
         float,
         typer.Option("--drain-s", min=0.0, help="How long running tasks may go on when it stops, seconds."),
     ] = 30.0,
+    replicas: Replicas = 1,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -94,6 +96,7 @@ def worker_command(  # noqa: PLR0913, PLR0917 - options
         memory_mb=psutil.virtual_memory().total // _MB if memory_mb is None else memory_mb,
         gpus=gpus,
         drain_s=drain_s,
+        replicas=check_replicas(replicas),
     )
     worker = Worker(config)
     told = {

@@ -148,6 +148,11 @@ class EmbeddedServer:
         return f"nats://{url_host(reachable(self._host))}:{self.port}"
 
     @property
+    def urls(self) -> list[str]:
+        """The same, as a list of one."""
+        return [self.url]
+
+    @property
     def port(self) -> int:
         """The port clients connect to."""
         return self._port
