@@ -31,6 +31,10 @@ LOCKS_ACTOR: Final = "bucket"
 
 # Buckets.
 LEASE_BUCKET: Final = "AF_LEASES"
+# What a key-value bucket writes for a key that was removed, and the server for one that expired.
+KV_OPERATION: Final = "KV-Operation"
+KV_DELETED: Final = "DEL"
+MARKER_REASON: Final = "Nats-Marker-Reason"
 
 # Headers. The first four are JetStream's.
 MSG_ID: Final = "Nats-Msg-Id"
@@ -47,6 +51,8 @@ ROLLUP_SUBJECT: Final = "sub"
 SEQUENCE: Final = "Nats-Sequence"
 # Contract level of the message's events; absent means level 1, for ever.
 VERSION: Final = "Af-Version"
+# On a lease's renewals: the sequence of the message by which it was acquired.
+LEASE_EPOCH: Final = "Af-Epoch"
 # On every message of a leader: "<epoch> <basis> <log time, ms> <policy version>".
 DECISION: Final = "Af-Decision"
 
@@ -63,6 +69,12 @@ class Route(NamedTuple):
 def stream(namespace: str) -> str:
     """The JetStream stream that is the namespace's log."""
     return f"AF_{namespace}"
+
+
+def parse_stream(name: str) -> str | None:
+    """The namespace whose log a stream is; None if it is none."""
+    namespace = name.removeprefix("AF_")
+    return namespace if namespace != name and is_name(namespace) else None
 
 
 def stream_subjects(namespace: str) -> str:
@@ -108,6 +120,26 @@ def heartbeat(namespace: str, worker: str) -> str:
     return f"afq.{namespace}.heartbeat.{worker}"
 
 
+def lock_bucket(namespace: str) -> str:
+    """The bucket of the tickets of those who hold locks, or wait for one."""
+    return f"AF_LOCKS_{namespace}"
+
+
+def bucket_stream(bucket: str) -> str:
+    """The JetStream stream behind a key-value bucket (ADR-8)."""
+    return f"KV_{bucket}"
+
+
+def bucket_subject(bucket: str, key: str) -> str:
+    """The subject of a key, or of a pattern of keys."""
+    return f"$KV.{bucket}.{key}"
+
+
+def bucket_key(bucket: str, subject: str) -> str:
+    """The key a subject belongs to."""
+    return subject.removeprefix(f"$KV.{bucket}.")
+
+
 def object_bucket(namespace: str) -> str:
     """The object store bucket for arguments and results above the inline limit."""
     return f"AF_OBJECTS_{namespace}"
@@ -138,6 +170,11 @@ def object_meta(namespace: str, name: str) -> str:
 def leader_lease(namespace: str) -> str:
     """The key of a namespace's leader lease."""
     return f"leader.{namespace}"
+
+
+def master_session(name: str) -> str:
+    """The key of a master's session lease ("*": all)."""
+    return f"master.{name}"
 
 
 @lru_cache(maxsize=4_096)

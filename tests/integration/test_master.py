@@ -28,10 +28,10 @@ async def test_it_catches_up_before_it_is_ready(cluster: Cluster) -> None:
     client = await cluster.client()
     handles = await client.submit_many(add, [(n, n) for n in range(3_000)])
     master = await cluster.master()
-    assert len(master._follower.state.tasks) == 3_000
+    assert len(master.seats["default"].follower.state.tasks) == 3_000
     await cluster.worker()
     assert [await handle.result(SOON_S) for handle in handles] == [2 * n for n in range(3_000)]
-    assert not master._follower._own, "nothing is remembered of frames that were read back"
+    assert not master.seats["default"].follower._own, "nothing is remembered of frames that were read back"
 
 
 async def test_one_leads_and_another_takes_over_when_it_leaves(cluster: Cluster) -> None:
@@ -81,7 +81,7 @@ async def test_a_nearly_full_log_takes_outcomes_but_no_submissions(
     ballast = [
         await client.shell("true", title="x" * 4_000, needs=agentflow.Needs(gpus=9)) for _ in range(11)
     ]
-    await eventually(lambda: not master._follower.state.policy.accepting)
+    await eventually(lambda: not master.seats["default"].follower.state.policy.accepting)
     refused = await client.submit(add, 1, 2)
     with pytest.raises(agentflow.SubmissionRejected) as raised:
         await refused.result(SOON_S)
@@ -92,7 +92,7 @@ async def test_a_nearly_full_log_takes_outcomes_but_no_submissions(
         await ballast[0].result(SOON_S)
     await _limit(client, -1)
     await _limit(client, used * 100 + 1_000_000)
-    await eventually(lambda: master._follower.state.policy.accepting)
+    await eventually(lambda: master.seats["default"].follower.state.policy.accepting)
     assert await (await client.submit(add, 1, 2)).result(SOON_S) == 3
 
 

@@ -247,6 +247,24 @@ def _shown(time_ns: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(time_ns / 1e9))
 
 
+class _Names(Struct, frozen=True, gc=False):
+    total: int = 0
+    streams: list[str] | None = None
+
+
+async def stream_names(bus: Bus, timeout_s: float) -> list[str]:
+    """The names of all streams. Raises Disconnected."""
+    found: list[str] = []
+    while True:
+        try:
+            page = await ask(bus, "STREAM.NAMES", {"offset": len(found)}, _Names, timeout_s)
+        except ApiFailed as failed:
+            raise Disconnected(str(failed)) from failed
+        found += page.streams or []
+        if not page.streams or len(found) >= page.total:
+            return found
+
+
 async def open_stream(bus: Bus, config: dict[str, Any], *, create: bool, timeout_s: float) -> StreamInfo:
     """Describe the stream, creating it if it is missing and `create` is set, and check it.
 

@@ -11,6 +11,7 @@ from agentflow import wire
 from agentflow.domain.fold import fold
 from agentflow.domain.state import Ended, Namespace
 from agentflow.frames import Judged, judge
+from agentflow.limits import LEVEL
 from agentflow.log.port import Log, Message
 
 SLICE_S: Final = 0.02
@@ -20,17 +21,26 @@ SLICE_S: Final = 0.02
 class Follower:
     """Keeps a namespace's state. `on_folded` is called after each stretch with what ended in it."""
 
-    def __init__(self, log: Log, on_folded: Callable[[Sequence[Ended]], None]) -> None:
-        self.state: Final = Namespace(log.namespace)
+    def __init__(
+        self,
+        log: Log,
+        on_folded: Callable[[Sequence[Ended]], None],
+        *,
+        level: int = LEVEL,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.state: Final = Namespace(log.namespace, knows=level)
         self._log = log
         self._on_folded = on_folded
-        self._folded_at = time.monotonic()
+        self._clock = clock
+        self._folded_at = clock()
+        self._awaited: list[tuple[int, asyncio.Future[None]]] = []
         self._own: dict[str, tuple[bytes, Judged]] = {}
 
     @property
     def now_ms(self) -> int:
         """Log time now: that of the last message folded, and what has passed since."""
-        return self.state.clock_ms + int((time.monotonic() - self._folded_at) * 1000)
+        return self.state.clock_ms + int((self._clock() - self._folded_at) * 1000)
 
     def expect(self, msg_id: str, data: bytes, judged: Judged) -> None:
         """A message about to be written by ourselves: it need not be judged again when read."""
@@ -40,6 +50,13 @@ class Follower:
         """What was expected may never come."""
         self._own.clear()
 
+    async def reach(self, seq: int) -> None:
+        """Wait until everything up to `seq` is folded."""
+        if self.state.seq < seq:
+            reached = asyncio.get_running_loop().create_future()
+            self._awaited.append((seq, reached))
+            await reached
+
     async def run(self) -> None:
         """Fold for ever. Raises LogGone."""
         async for messages in self._log.follow(self.state.seq):
@@ -47,13 +64,13 @@ class Follower:
 
     async def _fold(self, messages: Sequence[Message]) -> None:
         state = self.state
-        pause_at = time.monotonic() + SLICE_S
+        pause_at = self._clock() + SLICE_S
         for message in messages:
             fold(state, message.seq, message.time_ns, self._judge(message))
-            if time.monotonic() >= pause_at:
+            if self._clock() >= pause_at:
                 self._tell()
                 await asyncio.sleep(0)
-                pause_at = time.monotonic() + SLICE_S
+                pause_at = self._clock() + SLICE_S
         self._tell()
 
     def _judge(self, message: Message) -> Judged:
@@ -64,8 +81,17 @@ class Follower:
         return judge(message.subject, message.data, message.headers)
 
     def _tell(self) -> None:
-        self._folded_at = time.monotonic()
+        self._folded_at = self._clock()
         ended = self.state.ended
         if ended:
             self.state.ended = []
         self._on_folded(ended)
+        if self._awaited:
+            self._tell_awaiting()
+
+    def _tell_awaiting(self) -> None:
+        seq = self.state.seq
+        for awaited, reached in self._awaited:
+            if awaited <= seq and not reached.done():
+                reached.set_result(None)
+        self._awaited = [(awaited, reached) for awaited, reached in self._awaited if not reached.done()]

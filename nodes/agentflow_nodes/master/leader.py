@@ -12,6 +12,7 @@ import asyncio
 import enum
 import itertools
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -22,7 +23,8 @@ from agentflow.domain.plan import Plan, Silence, plan
 from agentflow.ending import end_tasks
 from agentflow.errors import OperatingError
 from agentflow.events import Event, LeaderElected, Policy, PolicyChanged, Role, TaskAssigned, TaskQuarantined
-from agentflow.frames import Decision, Judged, TooLarge, compose, encode
+from agentflow.frames import Decision, Judged, TooLarge, compose, encode, level_headers, level_of
+from agentflow.limits import LEVEL_FIRST
 from agentflow.log.port import Appended, Done, Fence, Frame, Log, Reason, Refused
 from agentflow.logs import get_logger
 from agentflow_nodes.master.config import MasterConfig
@@ -38,6 +40,8 @@ _WAKE_S_MAX: Final = 1.0
 _PAUSE_S_FIRST: Final = 0.005
 _PAUSE_S_MAX: Final = 0.5
 _FRAME_EVENTS: Final = 1_000
+_PATIENCE_TTLS: Final = 2
+"""Times to live of a lease after which a leader that cannot write gives up."""
 
 _log = get_logger(__name__)
 
@@ -47,6 +51,12 @@ class End(enum.Enum):
 
     DEPOSED = "deposed"
     """Somebody else was elected."""
+    RETIRED = "retired"
+    """We were asked to step down."""
+    STUCK = "stuck"
+    """We cannot write, or do not read what we wrote: somebody else should try."""
+    LEVEL = "level"
+    """A higher contract level can be put in force, by another election."""
     DOUBT = "doubt"
     """A write's fate is unknown, or the fence does not hold although nobody else leads."""
 
@@ -60,6 +70,9 @@ class Leader:
         follower: Follower,
         config: MasterConfig,
         silences: Callable[[], Sequence[Silence]],
+        *,
+        nonce: str = "",
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._log = log
         self._follower = follower
@@ -67,7 +80,10 @@ class Leader:
         self._config = config
         self._replicas = config.replicas
         self._silences = silences
-        self._nonce = secrets.token_urlsafe(9)
+        self._nonce = nonce or secrets.token_urlsafe(9)
+        self._clock = clock
+        self._patience_s = _PATIENCE_TTLS * config.lease_ttl_s
+        self._end: End | None = None
         self._numbers = itertools.count(1)
         self._wake = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
@@ -85,11 +101,16 @@ class Leader:
         self.deposed = False
         self._accepting: bool | None = None  # what the policy has to say, if it must change
 
-    async def elect(self, *, after: int = 0) -> bool:
+    def end(self, why: End) -> None:
+        """End the term in good order: after the write that is under way, if one is."""
+        self._end = self._end or why
+        self._wake.set()
+
+    async def elect(self, *, level: int = LEVEL_FIRST, after: int | None = None) -> bool:
         """Try to be elected; True once the election is read back and counts.
 
         The compare-and-set is on whatever lies last on the subject, also if it is noise.
-        With `after`, the sequence of an earlier election of ours, a valid successor is not
+        With `after`, the sequence of the last election known, a valid successor is not
         contested: False, and `deposed` is set.
         """
         subject = wire.elected(self._log.namespace)
@@ -97,11 +118,11 @@ class Leader:
         last = await self._log.last(subject)
         last_seq = last.seq if last is not None else 0
         await self._folded(last_seq)
-        if after and self._follower.state.elected_seq > after:
+        if after is not None and self._follower.state.elected_seq > after:
             self.deposed = True
             return False
         epoch = self._follower.state.epoch + 1
-        data = encode([LeaderElected(epoch=epoch, master=self._name)])
+        data = encode([LeaderElected(epoch=epoch, master=self._name, level=level)])
         frame = Frame(subject, data, self._new_msg_id())
         appended = await self._log.append(frame, fence=Fence(subject, last_seq))
         if not isinstance(appended, Done):
@@ -138,10 +159,11 @@ class Leader:
         state = self._follower.state
         if state.elected_seq != self._fence.seq:
             return End.DEPOSED
+        if self._end is not None:
+            return self._end
         self._wake.clear()
         if state.seq < self._written_seq:
-            await self._folded(self._written_seq)
-            return None
+            return await self._read_back()
         now_ms = self._follower.now_ms
         if self._accepting is not None:
             return await self._write(self._policy_change(self._accepting), now_ms)
@@ -156,6 +178,15 @@ class Leader:
         self._at_rest = True
         await self._wake.wait()
         self._at_rest = False
+        return None
+
+    async def _read_back(self) -> End | None:
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._folded(self._written_seq)
+        except TimeoutError:
+            _log.warning("what was written is not read back", written=self._written_seq)
+            return End.STUCK
         return None
 
     def wake(self) -> None:
@@ -218,7 +249,6 @@ class Leader:
 
     def _frames(self, kind: str, actor: str, events: list[Event], decision: Decision) -> list[Frame]:
         subject = wire.event(self._log.namespace, kind, actor)
-        headers = {wire.DECISION: decision.header()}
         role = Role.LEADER
         frames = []
         for start in range(0, len(events), _FRAME_EVENTS):
@@ -228,10 +258,12 @@ class Leader:
             except TooLarge:
                 frames += self._frames_one_by_one(chunk, decision)
                 continue
+            level = level_of(chunk)
+            headers = {wire.DECISION: decision.header(), **(level_headers(chunk) or {})}
             place = 0
             for data, count in filled:
                 msg_id = self._new_msg_id()
-                judged = Judged(kind, actor, role, chunk[place : place + count], None, decision)
+                judged = Judged(kind, actor, role, chunk[place : place + count], None, decision, level)
                 self._follower.expect(msg_id, data, judged)
                 frames.append(Frame(subject, data, msg_id, headers))
                 place += count
@@ -261,9 +293,13 @@ class Leader:
 
     async def _append(self, frame: Frame) -> Appended:
         pause_s = _PAUSE_S_FIRST
+        until = self._clock() + self._patience_s
         while True:
             appended = await self._log.append(frame, fence=self._fence)
             if not isinstance(appended, Refused) or appended.reason not in {Reason.BUSY, Reason.FULL}:
+                return appended
+            if appended.reason is Reason.BUSY and self._clock() > until:
+                self._end = self._end or End.STUCK
                 return appended
             if pause_s >= _PAUSE_S_MAX:
                 _log.warning("a decision cannot be written", why=appended.reason, detail=appended.detail)
@@ -275,7 +311,7 @@ class Leader:
             self._written_seq = max(self._written_seq, appended.seq)
             return None
         _log.warning("a decision was not written", why=appended.detail)
-        return End.DOUBT
+        return self._end or End.DOUBT
 
     def _policy_with(self, *, accepting: bool) -> Policy:
         """Our policy, under the version that holds."""

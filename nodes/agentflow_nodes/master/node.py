@@ -1,202 +1,198 @@
-"""The master node: one process, one namespace."""
+"""The master node: one process, a seat in each namespace it serves."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Sequence
+import os
+import secrets
+import socket
+import time
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.domain.state import Ended
 from agentflow.ending import end_tasks
-from agentflow.errors import AgentFlowError, LogGone, OperatingError
-from agentflow.frames import encode
-from agentflow.lease import Lease, LeaseStore
+from agentflow.errors import LogGone, OperatingError
+from agentflow.leases.jetstream import JetStreamLeases
 from agentflow.log.jetstream import JetStreamLog
+from agentflow.log.stream import stream_names
 from agentflow.logs import get_logger
 from agentflow_nodes.master.config import MasterConfig
-from agentflow_nodes.master.follower import Follower
-from agentflow_nodes.master.leader import End, Leader
-from agentflow_nodes.master.liveness import Liveness
+from agentflow_nodes.master.seat import Seat
+from agentflow_nodes.master.sessions import Sessions
+from agentflow_nodes.master.sharing import Session, handover
 from agentflow_nodes.master.telling import Services, tell
 
-_RENEWALS: Final = 3
-"""Renewals within one time to live."""
-_ELECT_PAUSE_S: Final = 0.1
-_ASK_SHARE: Final = 4
-"""A standby asks for the lease this often within one time to live."""
+_DISCOVER_S: Final = 2.0
+_NAMES_TIMEOUT_S: Final = 5.0
 # A fold of a million tasks is long-lived objects only: collecting them often buys nothing.
 _GC_THRESHOLD: Final = (100_000, 20, 100)
+# Revisions of a bucket created anew lie above those of an earlier one: a session of before must
+# not be renewed into it. What depends on that for safety is not here but in the log.
+_REVISIONS_PER_S: Final = 2**20
 
 _log = get_logger(__name__)
 
 
 class Master:
-    """Follows, stands by, and leads while it holds the lease. An async context manager.
+    """Follows its namespaces, stands by, and leads where it is its turn. An async context manager.
 
-    Entered, it has folded what the log held. `ended` raises what made it stop.
+    Entered, it has folded what the logs held. `ended` raises what made it stop.
     """
 
     def __init__(self, config: MasterConfig) -> None:
         self.config: Final = config
         self.bus: Final = Bus(config.url, name=f"agentflow master {config.name}")
-        self._log = JetStreamLog(self.bus, config.namespace, replicas=config.replicas)
-        self._leases = LeaseStore(self.bus, replicas=config.replicas)
-        self._follower = Follower(self._log, self._on_folded)
-        self._liveness = Liveness(config.namespace, config.worker_ttl_s)
-        self._leader: Leader | None = None
-        self._tasks: list[asyncio.Task[None]] = []
-        self._caught_up = asyncio.Event()
-        self._target_seq = 0
+        self.seats: Final[dict[str, Seat]] = {}
+        self._instance = secrets.token_hex(8)
+        self._started_ms = time.time_ns() // 1_000_000
+        self._sessions = Sessions(self._open_leases, config.lease_ttl_s, self._describe, self._look)
+        self._tasks: dict[asyncio.Task[None], str] = {}
+        self._done: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         gc.set_threshold(*_GC_THRESHOLD)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.bus)
-            await stack.enter_async_context(self._log)
-            await stack.enter_async_context(self._leases)
-            await self._liveness.listen(self.bus)
-            services = Services(
-                self.bus, self._follower.state, lambda: self.leading, lambda: self._follower.now_ms
-            )
-            await services.listen()
-            self._target_seq = (await self._log.identity()).last_seq
-            self._stack = stack.pop_all()
-        self._tasks.append(asyncio.create_task(self._follower.run(), name="follower"))
-        try:
+            stack.push_async_callback(self._end_tasks)
+            for namespace in self.config.served:
+                await self._take_seat(namespace)
+            if self.config.discover:
+                await self._discover_once()
             await self._wait_caught_up()
-        except BaseException:
-            await self.__aexit__(None, None, None)
-            raise
-        self._tasks.append(asyncio.create_task(self._stand(), name="lease"))
+            self._start(self._sessions.run(), "sessions")
+            self._start(self._balance(), "balance")
+            if self.config.discover:
+                self._start(self._discover(), "discovery")
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await end_tasks(*self._tasks)
+        await asyncio.gather(*(seat.leave() for seat in self.seats.values()))
+        await self._sessions.leave()
         await self._stack.aclose()
 
     @property
     def leading(self) -> bool:
-        """Whether it leads now, as far as it knows."""
-        return self._leader is not None and self._leader.leading
+        """Whether it leads any namespace, as far as it knows."""
+        return any(seat.leading for seat in self.seats.values())
 
     async def ended(self) -> None:
         """Wait until it stops by itself, and raise why: LogGone, or a bug."""
-        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
+        while True:
+            self._settle(await self._done.get())
+
+    def _settle(self, task: asyncio.Task[None]) -> None:
+        """Raise what ended a task, unless it is a log of several that is gone."""
+        namespace = self._tasks.pop(task)
+        try:
             task.result()
+        except LogGone as error:
+            if len(self.seats) < 2 or namespace not in self.seats:  # noqa: PLR2004 - the only one
+                raise
+            _log.error(
+                "the log is gone: this namespace is served no more", namespace=namespace, error=str(error)
+            )
+            del self.seats[namespace]
+            self._sessions.touch()
+
+    # Seats -----------------------------------------------------------------------------
+
+    async def _take_seat(self, namespace: str) -> None:
+        config = self.config
+        log = JetStreamLog(self.bus, namespace, replicas=config.replicas)
+        await log.__aenter__()  # nothing to release: the bus is ours
+        seat = Seat(log, config, self._instance, self._sessions, partial(self._tell, namespace))
+        await seat.liveness.listen(self.bus)
+        services = Services(self.bus, seat.follower.state, lambda: seat.leading, lambda: seat.follower.now_ms)
+        await services.listen()
+        self.seats[namespace] = seat
+        self._start(seat.run(), namespace)
 
     async def _wait_caught_up(self) -> None:
-        follower = self._tasks[0]
-        caught_up = asyncio.create_task(self._caught_up.wait())
-        if self._follower.state.seq >= self._target_seq:
-            self._caught_up.set()
-        await asyncio.wait([follower, caught_up], return_when=asyncio.FIRST_COMPLETED)
-        caught_up.cancel()
-        if follower.done():
-            follower.result()
-
-    def _on_folded(self, ended: Sequence[Ended]) -> None:
-        leader = self._leader
-        if leader is not None:
-            if ended and leader.leading:
-                tell(self.bus, self.config.namespace, ended)
-            leader.wake()
-        if self._follower.state.seq >= self._target_seq:
-            self._caught_up.set()
-
-    # The lease -------------------------------------------------------------------------
-
-    async def _stand(self) -> None:
-        """Ask for the lease, lead while it is ours, and again."""
-        key = wire.leader_lease(self.config.namespace)
-        value = encode({"holder": self.config.name})
-        while True:
-            lease = await self._acquire(key, value)
-            if lease is None:
-                await asyncio.sleep(self.config.lease_ttl_s / _ASK_SHARE)
-                continue
-            try:
-                lease = await self._hold(lease)
-            finally:
-                await self._release(lease)
-
-    async def _acquire(self, key: str, value: bytes) -> Lease | None:
+        caught_up = asyncio.ensure_future(self._all_caught_up())
         try:
-            return await self._leases.acquire(key, value, self.config.lease_ttl_s)
-        except AgentFlowError as error:
-            _log.warning("the lease could not be asked for", error=str(error))
-            return None
-
-    async def _release(self, lease: Lease) -> None:
-        try:
-            await self._leases.release(lease)
-        except AgentFlowError as error:
-            _log.warning("the lease was not released", error=str(error))
-
-    async def _hold(self, lease: Lease) -> Lease:
-        """Lead until somebody else does."""
-        leading = asyncio.create_task(self._lead(), name="leader")
-        try:
-            while not leading.done():
-                await asyncio.wait([leading], timeout=self.config.lease_ttl_s / _RENEWALS)
-                if leading.done():
-                    break
-                lease, held = await self._renew(lease)
-                if not held:
-                    _log.warning("somebody else holds the lease", master=self.config.name)
-                    break
+            await asyncio.wait({*self._tasks, caught_up}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await end_tasks(leading)
-            self._leader = None
-        if not leading.cancelled():
-            leading.result()
-        return lease
+            caught_up.cancel()
+        for task in self._tasks:
+            if task.done():
+                task.result()
 
-    async def _renew(self, lease: Lease) -> tuple[Lease, bool]:
-        """The renewed lease, and whether it is still ours.
+    async def _all_caught_up(self) -> None:
+        for seat in self.seats.values():
+            await seat.caught_up.wait()
 
-        A lease that could not be renewed does not end the term: only the log deposes.
-        """
-        try:
-            renewed = await self._leases.renew(lease)
-            if renewed is not None:
-                return renewed, True
-            again = await self._leases.acquire(lease.key, lease.value, self.config.lease_ttl_s)
-        except AgentFlowError as error:
-            _log.warning("the lease could not be renewed", error=str(error))
-            return lease, True
-        return (again, True) if again is not None else (lease, False)
+    def _tell(self, namespace: str, ended: Sequence[Ended]) -> None:
+        tell(self.bus, namespace, ended)
 
-    async def _lead(self) -> None:
-        last_term = 0
+    def _look(self) -> None:
+        for seat in self.seats.values():
+            seat.look()
+
+    # Sessions --------------------------------------------------------------------------
+
+    def _open_leases(self) -> JetStreamLeases:
+        return JetStreamLeases(
+            self.bus,
+            wire.LEASE_BUCKET,
+            replicas=self.config.replicas,
+            first_seq=int(time.time()) * _REVISIONS_PER_S,
+        )
+
+    def _describe(self) -> Session:
+        config = self.config
+        return Session(
+            name=config.name,
+            instance=self._instance,
+            level=config.level,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started_ms=self._started_ms,
+            seats={namespace: seat.report() for namespace, seat in self.seats.items()},
+        )
+
+    async def _balance(self) -> None:
+        """Hand a namespace over when somebody else leads fewer; one at a time."""
         while True:
-            leader = Leader(
-                self._log,
-                self._follower,
-                self.config,
-                lambda: self._liveness.silences(self._follower.state),
-            )
-            self._leader = leader
-            self._liveness.refresh()
+            await asyncio.sleep(self.config.lease_ttl_s)
+            move = handover(self.config.name, self._sessions.alive())
+            if move is not None and self._sessions.held:
+                namespace, successor = move
+                self.seats[namespace].hand_over(successor)
+
+    # Discovery -------------------------------------------------------------------------
+
+    async def _discover(self) -> None:
+        while True:
+            await asyncio.sleep(_DISCOVER_S)
             try:
-                if not await leader.elect(after=last_term):
-                    if leader.deposed:
-                        return
-                    await asyncio.sleep(_ELECT_PAUSE_S)
-                    continue
-                last_term = leader.elected_seq
-                if await leader.lead() is End.DEPOSED:
-                    return
-            except LogGone:
-                return
+                await self._discover_once()
             except OperatingError as error:
-                _log.warning("the term could not be held", error=str(error))
-                await asyncio.sleep(_ELECT_PAUSE_S)
+                _log.warning("namespaces could not be looked for", error=str(error))
+
+    async def _discover_once(self) -> None:
+        for name in await stream_names(self.bus, _NAMES_TIMEOUT_S):
+            namespace = wire.parse_stream(name)
+            if namespace is not None and namespace not in self.seats:
+                _log.info("namespace found", namespace=namespace)
+                await self._take_seat(namespace)
+
+    # Tasks -----------------------------------------------------------------------------
+
+    def _start(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+        task.add_done_callback(self._done.put_nowait)
+        self._tasks[task] = name
+
+    async def _end_tasks(self) -> None:
+        await end_tasks(*self._tasks)
