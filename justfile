@@ -62,3 +62,7 @@ schema *arguments:
 # Everything on this machine: NATS server, master, worker
 up *arguments:
     agentflow up "$@"
+
+# Walk through all interleavings of the protocols of lease and lock; the last line is one JSON object
+model *arguments:
+    python -m tests.model.check "$@"
