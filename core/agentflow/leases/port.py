@@ -58,6 +58,8 @@ class Entry(Struct, frozen=True):
     revision: int
     seen: float
     """On our monotonic clock: when this revision reached us. Its holder wrote it before that."""
+    written_ms: int = 0
+    """Server time of its last write, ms since 1970 UTC. For showing it to people: nothing is decided on it."""
 
     def is_silent(self, now: float) -> bool:
         """Whether its holder must have given up by now, if it has written nothing since."""
@@ -78,6 +80,7 @@ class Snapshot(Struct, frozen=True):
     """All leases under a pattern, as of one revision of the bucket."""
 
     revision: int
+    """From here on `watch` tells what changes."""
     entries: Sequence[Entry]
     """In the order in which they were acquired."""
 
@@ -96,8 +99,12 @@ class Leases(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
 
-    async def acquire(self, key: str, value: bytes, ttl_s: int) -> Lease | None:
-        """Take the lease, or None if somebody holds it."""
+    async def acquire(self, key: str, value: bytes, ttl_s: int, *, nonce: str | None = None) -> Lease | None:
+        """Take the lease, or None if somebody holds it. Raises LogGone if the bucket was deleted.
+
+        Who repeats an acquisition that ended in `Disconnected` gives the same nonce each time
+        (unguessable, by `secrets`): what an earlier attempt wrote then counts as his.
+        """
         ...
 
     async def renew(self, lease: Lease, value: bytes | None = None) -> Lease | None:
@@ -114,7 +121,9 @@ class Leases(Protocol):
     async def evict(self, entry: Entry) -> bool:
         """Take a silent holder's lease away; True if it is gone for certain and its holder's next renewal fails.
 
-        False if the holder wrote in the meantime. To be called only once `entry.is_silent`.
+        The decision is a write, also if the key has expired already. False if the holder wrote
+        in the meantime; True if somebody has acquired it since, which that holder keeps. To be
+        called only once `entry.is_silent`. Raises LogGone if the bucket was deleted.
         """
         ...
 
@@ -123,13 +132,18 @@ class Leases(Protocol):
         ...
 
     async def entries(self, pattern: str) -> Snapshot:
-        """All leases under a pattern, as of one revision, no older than any write acknowledged before the call."""
+        """All leases under a pattern, no older than any write acknowledged before the call.
+
+        What was written after the snapshot's revision may be in it already; watching from that
+        revision on leaves nothing out. Raises LogGone if the bucket was deleted.
+        """
         ...
 
     def watch(self, pattern: str, after: int) -> AsyncIterator[list[Change]]:
         """What changes under a pattern after revision `after`, in order, for ever.
 
-        Survives lost connections. An expiry is told as `Removed` where the server leaves a
+        Survives lost connections. Of several writes to a key only the last may be told; a
+        removal older than some seconds may be left out, like an expiry. An expiry is told as `Removed` where the server leaves a
         marker, and not at all elsewhere: who waits for one needs a timer of its own.
         Raises LogGone if the bucket was deleted or created again.
         """

@@ -1,0 +1,128 @@
+"""The JetStream bucket that leases are kept in: its configuration, and how a lease lies in it.
+
+Every write carries its time to live. `subject_delete_marker_ttl` stays off in buckets of our
+own: nothing is decided on the server's markers, each would be one more fsynced write for an
+expiry, and a waiter needs his own timer anyway, because a bucket that stalls tells nothing.
+A bucket that has it is taken as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from agentflow import wire
+from agentflow.bus import Bus
+from agentflow.errors import LogGone, OperatingError, StreamMismatch
+from agentflow.leases.port import Change, Entry, Removed
+from agentflow.log.port import Message
+from agentflow.log.stream import ApiFailed, StreamInfo, ask, differences, stream_info
+
+MARKER_TTL_S: Final = 10
+"""How long a removal can be read: who was disconnected for less hears of it."""
+
+_VALUE_BYTES_MAX: Final = 64 * 1024
+# One for each who waits. A named limit: unset means 1,000 on a current server.
+_CONSUMERS_MAX: Final = 5_000
+_OPEN_TIMEOUT_S: Final = 10.0
+_NAME_IN_USE: Final = 10058
+# What a write that is not ours, without a time to live, is waited for.
+_TTL_S_UNKNOWN: Final = 60
+_TOLERATED: Final = ("subject_delete_marker_ttl", "first_seq")
+
+
+async def open_bucket(bus: Bus, bucket: str, *, replicas: int, first_seq: int, create: bool) -> StreamInfo:
+    """Describe the bucket, creating it if it is missing and `create` is set, and check it.
+
+    Raises StreamMismatch naming every difference, LogGone if it is missing, Disconnected.
+    """
+    config = bucket_config(bucket, replicas=replicas, first_seq=first_seq)
+    try:
+        info = await stream_info(bus, config["name"], _OPEN_TIMEOUT_S)
+    except LogGone:
+        if not create:
+            raise
+        info = await _create(bus, config)
+    wrong = [each for each in differences(config, info.config) if not each.startswith(_TOLERATED)]
+    if wrong:
+        raise StreamMismatch(f"stream {config['name']} is not as AgentFlow needs it: " + "; ".join(wrong))
+    return info
+
+
+async def _create(bus: Bus, config: dict[str, Any]) -> StreamInfo:
+    name = config["name"]
+    try:
+        return await ask(bus, f"STREAM.CREATE.{name}", config, StreamInfo, _OPEN_TIMEOUT_S)
+    except ApiFailed as failed:
+        if failed.error.err_code == _NAME_IN_USE:  # somebody else was quicker
+            return await stream_info(bus, name, _OPEN_TIMEOUT_S)
+        raise OperatingError(f"cannot create stream {name}: {failed}") from failed
+
+
+def bucket_config(bucket: str, *, replicas: int, first_seq: int) -> dict[str, Any]:
+    """The configuration of a bucket of leases, whose revisions begin at `first_seq`."""
+    config = {
+        "name": wire.bucket_stream(bucket),
+        "subjects": [wire.bucket_subject(bucket, ">")],
+        "storage": "file",
+        "retention": "limits",
+        "discard": "new",
+        "num_replicas": replicas,
+        "max_bytes": -1,
+        "max_msgs": -1,
+        "max_msgs_per_subject": 1,
+        "max_age": 0,
+        "max_msg_size": _VALUE_BYTES_MAX,
+        "max_consumers": _CONSUMERS_MAX,
+        "duplicate_window": 120_000_000_000,
+        "compression": "none",
+        "deny_delete": True,
+        "deny_purge": False,
+        "sealed": False,
+        "no_ack": False,
+        # Answers of replicas count only once they are as new as the leader was (see reading.py).
+        "allow_direct": True,
+        "mirror_direct": False,
+        "allow_rollup_hdrs": True,
+        "allow_msg_ttl": True,
+        "allow_atomic": False,
+        "allow_msg_schedules": False,
+        "allow_msg_counter": False,
+        "allow_batched": False,
+        "discard_new_per_subject": False,
+    }
+    return config | ({"first_seq": first_seq} if first_seq else {})
+
+
+def is_removed(message: Message) -> bool:
+    """Whether it marks a key that was removed, or expired."""
+    headers = message.headers or {}
+    return wire.KV_OPERATION in headers or wire.MARKER_REASON in headers
+
+
+def is_deleted(message: Message) -> bool:
+    """Whether it marks a key that somebody removed by a write; an expiry is none."""
+    return wire.KV_OPERATION in (message.headers or {})
+
+
+def change(bucket: str, message: Message, seen: float) -> Change:
+    """What a message says of a lease."""
+    key = wire.bucket_key(bucket, message.subject)
+    return Removed(key, message.seq) if is_removed(message) else entry(bucket, message, seen)
+
+
+def entry(bucket: str, message: Message, seen: float) -> Entry:
+    """The lease that a message wrote."""
+    headers = message.headers or {}
+    return Entry(
+        key=wire.bucket_key(bucket, message.subject),
+        value=message.data,
+        ttl_s=_number(headers.get(wire.TTL)) or _TTL_S_UNKNOWN,
+        epoch=_number(headers.get(wire.LEASE_EPOCH)) or message.seq,
+        revision=message.seq,
+        seen=seen,
+        written_ms=message.time_ns // 1_000_000,
+    )
+
+
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isascii() and text.isdigit() else 0
