@@ -20,7 +20,7 @@ from msgspec import Struct
 
 from agentflow import wire
 from agentflow.ending import end_tasks
-from agentflow.errors import AppendRefused, AppendUnknown, InvalidRequest, OperatingError
+from agentflow.errors import AppendRefused, AppendUnknown, InvalidRequest, LogGone, OperatingError
 from agentflow.events import Event
 from agentflow.frames import TooLarge, compose, encode, level_headers
 from agentflow.log.port import Appended, Done, Frame, Log, Reason, Refused
@@ -225,6 +225,8 @@ class Writer:
         if isinstance(appended, Refused):
             retried = _RETRIED if self._patience_s is not None else _RETRIED_FOR_EVER
             if appended.reason not in retried or pauses.spent:
+                if appended.reason is Reason.GONE:
+                    raise LogGone(appended.detail)
                 if pauses.in_doubt:
                     # Only the last attempt was certainly not stored.
                     raise AppendUnknown(f"an earlier attempt may be stored: {appended.detail}")

@@ -88,8 +88,8 @@ class Client:
         self.namespace: Final = namespace
         self.name: Final = name
         self.bus: Final = Bus(url, name=f"agentflow client {name}")
-        self.log: Final[Log] = JetStreamLog(self.bus, namespace, replicas=replicas)
-        self._replicas: Final = replicas
+        self._stream: Final = JetStreamLog(self.bus, namespace, replicas=replicas)
+        self.log: Final[Log] = self._stream
         self._writer = Writer(self.log, name, patience_s=PATIENCE_S)
         self._token: Final = secrets.token_hex(8)
         self._waiting = Waiting(self.bus, self.log, name)
@@ -100,7 +100,7 @@ class Client:
         """Where arguments and results too large for the log are; loaded when there is one."""
         from agentflow.objects import ObjectStore  # noqa: PLC0415 - most programs have none
 
-        return ObjectStore(self.bus, self.namespace, replicas=self._replicas)
+        return ObjectStore(self.bus, self.namespace, replicas=self._stream.replicas)
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:

@@ -124,6 +124,12 @@ class JetStreamLog:
         """The namespace this log belongs to."""
         return self._namespace
 
+    @property
+    def replicas(self) -> int:
+        """On how many servers it is kept, as of opening it."""
+        replicas: int = self._open().config["num_replicas"]
+        return replicas
+
     async def identity(self) -> Identity:
         """The stream's identity and extent now; see the port."""
         known = self._last_known

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from agentflow import wire
 from agentflow.domain.plan import Plan, Silence, plan
 from agentflow.ending import end_tasks
-from agentflow.errors import OperatingError
+from agentflow.errors import LogGone, OperatingError
 from agentflow.events import Event, LeaderElected, Policy, PolicyChanged, Role, TaskAssigned, TaskQuarantined
 from agentflow.frames import Decision, Judged, TooLarge, compose, encode, level_headers, level_of
 from agentflow.limits import LEVEL_FIRST
@@ -36,7 +36,7 @@ HOUSEKEEPING_S: Final = 5.0
 BYTES_CLOSED_SHARE: Final = 0.8
 """Share of the log's hard limit at which submissions are turned away."""
 BYTES_OPEN_SHARE: Final = 0.7
-_WAKE_S_MAX: Final = 1.0
+_WAKE_S_MAX: Final = 0.25
 _PAUSE_S_FIRST: Final = 0.005
 _PAUSE_S_MAX: Final = 0.5
 _FRAME_EVENTS: Final = 1_000
@@ -118,6 +118,11 @@ class Leader:
         last = await self._log.last(subject)
         last_seq = last.seq if last is not None else 0
         await self._folded(last_seq)
+        known_seq = self._follower.state.elected_seq
+        if known_seq > last_seq and await self._log.read(known_seq) is None:
+            raise LogGone(
+                f"the last election, message {known_seq}, is not in the log any more: was it purged?"
+            )
         if after is not None and self._follower.state.elected_seq > after:
             self.deposed = True
             return False
