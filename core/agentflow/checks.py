@@ -384,12 +384,20 @@ def _(event: LockAcquired) -> Bad | None:
     if not (1 <= event.permits <= PERMITS_MAX and 1 <= event.ttl_s <= _TTL_S_MAX):
         expected = f"permits 1 to {PERMITS_MAX}, ttl_s 1 to {_TTL_S_MAX}"
         return _bad_value("lock", expected, (event.permits, event.ttl_s))
+    if sum(len(name) + len(value) for name, value in event.metadata.items()) > TEXT_LENGTH_MAX:
+        return _bad_value("metadata", f"at most {TEXT_LENGTH_MAX} characters in all", "more")
     return _check_holder(event) or _check_labels("", event.metadata)
 
 
-@_check.register(LockReleased)
-@_check.register(LockLost)
-def _(event: LockReleased | LockLost) -> Bad | None:
+@_check.register
+def _(event: LockReleased) -> Bad | None:
+    return _check_holder(event)
+
+
+@_check.register
+def _(event: LockLost) -> Bad | None:
+    if len(event.reason) > TEXT_LENGTH_MAX:
+        return _bad_value("reason", f"at most {TEXT_LENGTH_MAX} characters", "more")
     return _check_holder(event)
 
 

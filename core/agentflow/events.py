@@ -5,7 +5,7 @@ to (`agentflow.wire`), not in the body. Absent fields have their defaults; unkno
 are ignored. `agentflow schema` prints the JSON Schema of each.
 
 Kinds and fields that a later level added count only in messages whose header `Af-Version`
-names that level, and only while a leader of that level leads (`SINCE`, `FIELDS_SINCE`).
+names that level, and only while a leader of that level leads (`SINCE`).
 
 Units are in the names: `_s` seconds, `_ms` milliseconds (since 1970 UTC where it is a
 time), `_us` microseconds, `_mb` mebibytes.

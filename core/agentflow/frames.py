@@ -108,43 +108,48 @@ _DETAIL_LENGTH_MAX: Final = 500
 def judge(subject: str, data: bytes, headers: Mapping[str, str] | None) -> Judged:
     """What a message says."""
     kind, actor, role, bad = _route(subject)
-    if bad is not None or role is None:
+    if role is None:
         return Judged(kind, actor, role, (), bad)
-    decision = None
-    level = LEVEL_FIRST
-    if headers is not None:
-        if wire.VERSION in headers:
-            found = _LEVELS.get(headers[wire.VERSION])
-            if found is None:
-                detail = f"{wire.VERSION} is {headers[wire.VERSION][:40]!r}; this release reads 1 to {LEVEL}"
-                return Judged(kind, actor, role, (), Bad(Reason.UNKNOWN_VERSION, detail))
-            level = found
-        decision = _decision(headers.get(wire.DECISION))
-    if SINCE[kind] > level:
+    since = SINCE[kind]
+    version = headers.get(wire.VERSION) if headers is not None else None
+    level = LEVEL_FIRST if version is None else _LEVELS.get(version)
+    if level is not None and since > level:
         return Judged(kind, actor, None, (), unknown_kind(kind))
+    if bad is not None:
+        return Judged(kind, actor, role, (), bad, None, since)
+    if level is None:
+        detail = f"{wire.VERSION} is {str(version)[:40]!r}; this release reads 1 to {LEVEL}"
+        return Judged(kind, actor, role, (), Bad(Reason.UNKNOWN_VERSION, detail), None, since)
+    decision = _decision(headers.get(wire.DECISION)) if headers is not None else None
     if role is Role.LEADER and decision is None and kind != "leader.elected":
-        return Judged(kind, actor, role, (), Bad(Reason.UNFENCED, f"no valid {wire.DECISION} header"))
-    items: Sequence[Event | Bad] | None = _canonical(kind, data)
-    if items is None:
-        strict = _strict(kind, data)
-        if isinstance(strict, Bad):
-            return Judged(kind, actor, role, (), strict, None, level)
-        items = strict
-    if level == LEVEL_FIRST and kind in _NAME_LOCKS and (b"lock" in data or b"\\" in data):
-        items = [_without_lock(item) for item in items]
+        unfenced = Bad(Reason.UNFENCED, f"no valid {wire.DECISION} header")
+        return Judged(kind, actor, role, (), unfenced, None, level)
+    items = _items(kind, data, level)
+    if isinstance(items, Bad):
+        return Judged(kind, actor, role, (), items, None, level)
     return Judged(kind, actor, role, items, None, decision, level)
 
 
 _LEVELS: Final = {str(level): level for level in range(LEVEL_FIRST, LEVEL + 1)}
 
+
+def _items(kind: str, data: bytes, level: int) -> Sequence[Event | Bad] | Bad:
+    """The events of a frame, or what is wrong with each, or with all of it."""
+    no_lock = level == LEVEL_FIRST and kind in _NAME_LOCKS
+    events = _canonical(kind, data)
+    if events is None:
+        return _strict(kind, data, no_lock=no_lock)
+    return [_without_lock(event) for event in events] if no_lock and b'"lock"' in data else events
+
+
 _NAME_LOCKS: Final = frozenset({"task.submitted", "task.assigned", "workflow.submitted", "workflow.part"})
-"""Kinds to which level 2 added `lock`; a message of level 1 does not know it."""
+"""Kinds to which level 2 added `lock`; in a message of level 1 it is as unknown as any other field."""
 
 
-def _without_lock(item: Any) -> Any:
-    if isinstance(item, WorkflowSubmitted | WorkflowPart):
-        return replace(item, tasks=[_without_lock(task) for task in item.tasks])
-    return replace(item, lock="") if getattr(item, "lock", "") else item
+def _without_lock(event: Any) -> Any:
+    if isinstance(event, WorkflowSubmitted | WorkflowPart):
+        return replace(event, tasks=[_without_lock(task) for task in event.tasks])
+    return replace(event, lock="") if event.lock else event
 
 
 def unknown_kind(kind: str) -> Bad:
@@ -234,7 +239,7 @@ class _Duplicated(dict[str, Any]):
     """An object in which a key stood twice."""
 
 
-def _strict(kind: str, data: bytes) -> list[Event | Bad] | Bad:
+def _strict(kind: str, data: bytes, *, no_lock: bool) -> list[Event | Bad] | Bad:
     if len(data) > FRAME_BYTES_MAX:
         return Bad(Reason.TOO_LARGE, f"{len(data)} bytes; at most {FRAME_BYTES_MAX}")
     depth = nesting(data)
@@ -245,12 +250,12 @@ def _strict(kind: str, data: bytes) -> list[Event | Bad] | Bad:
     except ValueError as error:
         return Bad(Reason.NOT_JSON, _short(error))
     if isinstance(value, dict):
-        return [_strict_event(kind, value)]
+        return [_strict_event(kind, value, no_lock=no_lock)]
     if not isinstance(value, list) or not value:
         return Bad(Reason.NOT_A_FRAME, "expected a JSON object or a non-empty array of them")
     if len(value) > FRAME_EVENTS_MAX:
         return Bad(Reason.TOO_LARGE, f"{len(value)} events; at most {FRAME_EVENTS_MAX} in a frame")
-    return [_strict_event(kind, item) for item in value]
+    return [_strict_event(kind, item, no_lock=no_lock) for item in value]
 
 
 def _parse(data: bytes) -> Any:
@@ -276,19 +281,30 @@ def _integer(text: str) -> int | float:
     return int(text) if len(text) <= _DIGITS_MAX else float("inf")
 
 
-def _strict_event(kind: str, value: Any) -> Event | Bad:
+def _strict_event(kind: str, value: Any, *, no_lock: bool) -> Event | Bad:
     if not isinstance(value, dict):
         return Bad(Reason.NOT_A_FRAME, f"expected a JSON object, found {type(value).__name__}")
     shown = _shown_id(value)
     reason = unsound(value, DEPTH_MAX, duplicated=_Duplicated)
     if reason is not None:
         return Bad(reason, _EXPLAINED[reason], shown)
+    if no_lock:
+        _drop_lock(value)
     try:
         event = _one(kind).decode(encode(value))
     except (msgspec.MsgspecError, ValueError) as error:
         return Bad(Reason.BAD_TYPE, _short(error), shown)
     bad = check(event)
     return event if bad is None else Bad(bad.reason, bad.detail, shown)
+
+
+def _drop_lock(value: dict[str, Any]) -> None:
+    """Leave out a field that the message's level does not know, whatever it holds."""
+    value.pop("lock", None)
+    tasks = value.get("tasks")
+    for task in tasks if isinstance(tasks, list) else ():
+        if isinstance(task, dict):
+            task.pop("lock", None)
 
 
 _EXPLAINED: Final = {

@@ -1,7 +1,8 @@
 """A namespace's state as bytes: equal states give equal bytes, in every process.
 
 Everything that decides what comes next is in it. Left out are indexes: workers a line may
-use, lines set aside, timers that no longer count, the bound that spares reading ids.
+use, lines set aside, timers that no longer count, the bound that spares reading ids; and the
+level that a fold may follow, which is not in the log.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from agentflow.domain.state import Memory, Namespace, Task, Timer, Worker, Workf
 
 _INDEXES: Final = {
     "newest",
+    "knows",
     "ended",
     "queue",
     "terms",

@@ -22,7 +22,8 @@ from agentflow.domain.life import State
 from agentflow.domain.plan import Plan, Silence, plan
 from agentflow.domain.state import Namespace, Task, Verdict, Worker
 from agentflow.events import Event, Role
-from agentflow.frames import Decision, compose, encode, judge
+from agentflow.frames import Decision, compose, encode, judge, level_headers
+from agentflow.limits import LEVEL
 
 NAMESPACE: Final = "test"
 BEGIN_MS: Final = 1_700_000_000_000
@@ -55,8 +56,8 @@ Step: TypeAlias = Callable[[Namespace], Said]
 class Scene:
     """A log in the writing, and the state it folds to."""
 
-    def __init__(self) -> None:
-        self.state = Namespace(NAMESPACE)
+    def __init__(self, *, knows: int = LEVEL) -> None:
+        self.state = Namespace(NAMESPACE, knows=knows)
         self.messages: list[Logged] = []
         self.now_ms = BEGIN_MS
 
@@ -76,12 +77,13 @@ class Scene:
         """Write events of one kind, in as few frames as hold them."""
         kind = said[0].kind
         subject = wire.event(NAMESPACE, kind, actor)
-        headers = self.decision(epoch) if events.ROLES[kind] is Role.LEADER else None
+        headers = self.decision(epoch) if events.ROLES[kind] is Role.LEADER else {}
+        headers |= level_headers(said) or {}
         return [verdict for data, _ in compose(said) for verdict in self.write(subject, data, headers)]
 
     def write(self, subject: str, data: bytes, headers: Mapping[str, str] | None = None) -> list[Verdict]:
         """Write a message, whatever it is."""
-        kept = dict(headers) if headers is not None else None
+        kept = dict(headers) if headers else None
         message = Logged(self.state.seq + 1, self.now_ms * 1_000_000, subject, kept, data)
         self.messages.append(message)
         return fold_message(self.state, message)
@@ -104,9 +106,10 @@ class Scene:
     def carry_out(self, made: Plan) -> list[Verdict]:
         """Write a plan's decisions; what is read back must be what was meant."""
         verdicts: list[Verdict] = []
-        headers = self.decision()
+        decision = self.decision()
         for (kind, actor), decided in made.decisions.items():
             subject = wire.event(NAMESPACE, kind, actor)
+            headers = decision | (level_headers(decided) or {})
             for data, _ in compose(decided):
                 judged = judge(subject, data, headers)
                 assert judged.whole is None
@@ -206,13 +209,55 @@ def reprioritized(task: str, priority: int | str) -> Step:
     return says(events.TaskReprioritized(id=task, priority=priority))
 
 
+def drain_requested(worker: str = "w1", reason: str = "", by: str = "cli") -> Step:
+    return says(events.WorkerDrainRequested(worker=worker, reason=reason), by)
+
+
+# What holders of locks say -----------------------------------------------------------
+
+
+def opened(generation: int = 1, by: str = wire.LOCKS_ACTOR) -> Step:
+    return says(events.LockOpened(generation=generation), by)
+
+
+def acquired(lock: str, token: int, by: str = "cli", **other: Any) -> Step:
+    return says(events.LockAcquired(name=lock, token=token, **({"holder": by} | other)), by)
+
+
+def released(lock: str, token: int, by: str = "cli") -> Step:
+    return says(events.LockReleased(name=lock, token=token, holder=by), by)
+
+
+def lock_lost(lock: str, token: int, by: str = "cli") -> Step:
+    return says(events.LockLost(name=lock, token=token, reason="silent"), by)
+
+
+# What masters say --------------------------------------------------------------------
+
+
+def master_joined(master: str = MASTER, level: int = LEVEL, instance: str = "unguessable") -> Step:
+    return says(events.MasterJoined(instance=instance, level=level, host="host", pid=7), master)
+
+
+def master_left(master: str = MASTER, instance: str = "unguessable") -> Step:
+    return says(events.MasterLeft(instance=instance), master)
+
+
 # What the leader decides -------------------------------------------------------------
 
 
-def elected(epoch: int | None = None, master: str = MASTER) -> Step:
+def elected(epoch: int | None = None, master: str = MASTER, level: int | None = None) -> Step:
+    """An election, of the level in force unless told another."""
     return lambda state: Said(
-        wire.ELECTED_ACTOR, events.LeaderElected(epoch=epoch or state.epoch + 1, master=master)
+        wire.ELECTED_ACTOR,
+        events.LeaderElected(epoch=epoch or state.epoch + 1, master=master, level=level or state.level),
     )
+
+
+def raised(*masters: str, level: int = LEVEL) -> list[Step]:
+    """An election that raises the level, and masters that register then; the first of them leads."""
+    known = masters or (MASTER,)
+    return [elected(master=known[0], level=level), *(master_joined(master, level) for master in known)]
 
 
 def policy(**changes: Any) -> Step:

@@ -9,20 +9,23 @@ from typing import Any, Final
 from msgspec import Raw
 
 from agentflow import events, wire
+from agentflow.checks import LOCK_MODES
 from agentflow.domain.life import State
 from agentflow.domain.plan import Silence
 from agentflow.domain.state import Task, Verdict
 from agentflow.events import KINDS, Event
-from agentflow.frames import encode
-from agentflow.limits import ID_AHEAD_MS_MAX
+from agentflow.frames import encode, level_headers
+from agentflow.limits import ID_AHEAD_MS_MAX, LEVEL, LEVEL_FIRST
 from tests.unit.given import (
     FUNCTION,
     NAMESPACE,
     Logged,
     Scene,
+    acquired,
     cancel_requested,
     completed,
     declined,
+    drain_requested,
     draining,
     elected,
     failed,
@@ -30,7 +33,12 @@ from tests.unit.given import (
     flow_cancel_requested,
     joined,
     left,
+    lock_lost,
+    master_joined,
+    master_left,
+    opened,
     policy,
+    released,
     reprioritized,
     started,
     submitted,
@@ -43,16 +51,23 @@ _ERRORS: Final = ("error", "error", "timeout", "exit", "stopped", "fatal")
 class History:
     """A cluster driven by chance. What it wrote is in `scene.messages`."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, level: int | None = None) -> None:
+        """The level is never above `level`; None: it begins with any, and rises at some time or never."""
         self.scene = Scene()
         self.chance = random.Random(seed)
         self.names = 0
+        self.tokens = 0
+        self.level_max = level or LEVEL
+        self.level = level or self.chance.choice((LEVEL_FIRST, LEVEL))
         self.say_nonsense = True
         self.garble = True
 
     def run(self, steps: int) -> list[Logged]:
         """Take random steps."""
-        self.scene.given(elected(), policy(strategy=self.chance.choice(STRATEGIES), losses_max=2))
+        self.scene.given(
+            elected(level=self.level), policy(strategy=self.chance.choice(STRATEGIES), losses_max=2)
+        )
+        self.scene.given(master_joined("m1"), master_joined("m2"))
         for _ in range(steps):
             self.step()
         return self.scene.messages
@@ -69,6 +84,8 @@ class History:
             (2, self.ask),
             (1, self.lose),
             (1, self.elect),
+            (1, self.register),
+            (2, self.hold),
         ]
         if self.say_nonsense:
             moves.append((2, self.nonsense))
@@ -82,7 +99,25 @@ class History:
         self.scene.state.ended.clear()
 
     def elect(self) -> list[Verdict]:
-        return [self.scene.when(elected(master=self.chance.choice(("m1", "m2"))))]
+        level = self.chance.choice((None, None, self.level_max))
+        return [self.scene.when(elected(master=self.chance.choice(("m1", "m2", "m3")), level=level))]
+
+    def register(self) -> None:
+        """A master comes, again maybe, or goes."""
+        master = self.chance.choice(("m1", "m2", "m3"))
+        came = master_joined(master, self.chance.choice((LEVEL, LEVEL, LEVEL_FIRST)))
+        self.scene.given(self.chance.choice((came, came, master_left(master))))
+
+    def hold(self) -> None:
+        """Somebody tells of a lock: in order, too late, or twice."""
+        chance = self.chance
+        self.tokens += chance.choice((0, 1, 1, 1))
+        name = chance.choice(("l1", "l2"))
+        token = max(1, self.tokens - chance.choice((0, 0, 1, 2)))
+        by = chance.choice(("cli", "w1"))
+        took = acquired(name, token, by, mode=chance.choice(LOCK_MODES), permits=2, metadata={"why": "tests"})
+        ended = chance.choice((released, lock_lost))(name, token, by)
+        self.scene.given(chance.choice((took, took, ended, opened(chance.randint(1, 3)))))
 
     def name(self) -> str:
         self.names += 1
@@ -105,7 +140,12 @@ class History:
             ),
             "queue_timeout_s": chance.choice((0.0, 0.0, 0.0, 3.0)),
             "timeout_s": chance.choice((0.0, 9.0)),
+            "lock": chance.choice(("", "", "", "l1", "l2")) if self.may_lock() else "",
         }
+
+    def may_lock(self) -> bool:
+        """Whether a submission may name a lock: before the level allows it, few do."""
+        return self.scene.state.level >= LEVEL or self.chance.random() < 0.1
 
     def submit(self) -> None:
         again = self.chance.random() < 0.2 and self.names
@@ -130,6 +170,7 @@ class History:
                 cpu=1.0,
                 memory_mb=250,
                 functions=self.chance.choice(([FUNCTION], [FUNCTION], [])),
+                level=self.chance.choice((LEVEL, LEVEL, LEVEL_FIRST)),
             )
         )
 
@@ -176,6 +217,7 @@ class History:
                     cancel_requested(name),
                     flow_cancel_requested(name),
                     reprioritized(name, self.chance.choice((0, 700, "urgent"))),
+                    drain_requested(self.chance.choice(("w1", "w2", "w9")), "maintenance"),
                 )
             )
         )
@@ -200,8 +242,9 @@ class History:
         kind = self.chance.choice(list(KINDS))
         event = self.any_event(kind)
         epoch = self.chance.choice((0, 1, self.scene.state.epoch, 99))
-        headers = self.chance.choice((self.scene.decision(epoch), self.scene.decision(epoch), None))
-        actor = self.chance.choice(("w1", "w2", "cli", "m1", wire.ELECTED_ACTOR))
+        headers = self.chance.choice((self.scene.decision(epoch), self.scene.decision(epoch), {}))
+        headers |= self.chance.choice(({}, level_headers([event]) or {}, {wire.VERSION: str(LEVEL)}))
+        actor = self.chance.choice(("w1", "w2", "cli", "m1", wire.ELECTED_ACTOR, wire.LOCKS_ACTOR))
         self.scene.write(wire.event(NAMESPACE, kind, actor), encode([event]), headers)
 
     def any_event(self, kind: str) -> Event:
@@ -238,6 +281,14 @@ class History:
             "state": str(State.COMPLETED),
             "instance": "unguessable",
             "slots": 1,
+            "level": chance.choice((LEVEL_FIRST, self.level_max)),
+            "lock": chance.choice(("", "l1")),
+            "name": chance.choice(("l1", "l2")),
+            "token": chance.randint(1, self.tokens + 2),
+            "holder": "holder",
+            "mode": chance.choice(LOCK_MODES),
+            "permits": 2,
+            "generation": chance.randint(1, 3),
         }
         event = KINDS[kind]
         return event(**{name: some[name] for name in event.__struct_fields__ if name in some})

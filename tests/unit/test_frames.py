@@ -15,8 +15,18 @@ from msgspec import Raw
 
 from agentflow import events, frames, wire
 from agentflow.checks import Bad
-from agentflow.events import KINDS, ROLES, Event, Reason, Role
-from agentflow.frames import Decision, Judged, TooLarge, compose, encode, judge, nesting
+from agentflow.events import KINDS, ROLES, SINCE, Event, Reason, Role
+from agentflow.frames import (
+    Decision,
+    Judged,
+    TooLarge,
+    compose,
+    encode,
+    judge,
+    level_headers,
+    level_of,
+    nesting,
+)
 from agentflow.limits import (
     DEPTH_MAX,
     FRAME_BYTES_MAX,
@@ -31,6 +41,7 @@ SUBMITTED: Final = "af.test.task.submitted.cli"
 COMPLETED: Final = "af.test.task.completed.w1"
 ASSIGNED: Final = "af.test.task.assigned.w1"
 DECIDED: Final = {wire.DECISION: "1 1 1 1"}
+LEVEL_2: Final = {wire.VERSION: "2"}
 GOOD: Final = b'{"id":"a","function":"f"}'
 
 
@@ -225,7 +236,10 @@ def test_a_bad_subject(subject: str, expected: Reason) -> None:
     assert encode(judged.whole)
 
 
-@pytest.mark.parametrize("version", ["0", "2", "01", " 1", "x", "", "1" * 5_000, "\udcff"])
+UNKNOWN_VERSIONS: Final = ["0", "3", "01", " 1", " 2", "2 ", "x", "", "1" * 5_000, "\udcff"]
+
+
+@pytest.mark.parametrize("version", UNKNOWN_VERSIONS)
 def test_an_unknown_version(version: str) -> None:
     judged = judge(SUBMITTED, GOOD, {wire.VERSION: version})
     assert judged.whole is not None
@@ -235,6 +249,150 @@ def test_an_unknown_version(version: str) -> None:
 
 def test_the_version_is_1_unless_said() -> None:
     assert judge(SUBMITTED, GOOD, {wire.VERSION: "1"}) == judge(SUBMITTED, GOOD, None)
+    assert judge(SUBMITTED, GOOD, None).level == 1
+    assert judge(SUBMITTED, GOOD, LEVEL_2).level == 2
+
+
+# Levels --------------------------------------------------------------------------------
+
+ADDED: Final = sorted(kind for kind, since in SINCE.items() if since > 1)
+
+
+@pytest.mark.parametrize("kind", ADDED)
+@pytest.mark.parametrize("headers", [None, {}, {wire.VERSION: "1"}, DECIDED])
+@pytest.mark.parametrize("actor", ["x", "a$b"])
+def test_a_kind_of_level_2_is_unknown_to_a_message_of_level_1(
+    kind: str, headers: dict[str, str] | None, actor: str
+) -> None:
+    """Exactly as to a release that never heard of it: whoever said it, however badly."""
+    judged = judge(wire.event("test", kind, actor), b"not even JSON", headers)
+    nobody = judge("af.test.task.unheard_of.x", b"{}", None)
+    assert judged.whole is not None
+    assert nobody.whole is not None
+    assert (judged.role, judged.whole.reason) == (nobody.role, nobody.whole.reason)
+    assert judged.whole.reason is Reason.UNKNOWN_KIND
+    assert judged.level == 1
+
+
+@pytest.mark.parametrize("kind", ADDED)
+@pytest.mark.parametrize(
+    ("actor", "version", "data", "expected"),
+    [
+        ("x", "2", b"not JSON", Reason.NOT_JSON),
+        ("x", "3", b"{}", Reason.UNKNOWN_VERSION),
+        ("a$b", "2", b"{}", Reason.BAD_SUBJECT),
+        ("a$b", "3", b"{}", Reason.BAD_SUBJECT),
+    ],
+)
+def test_whatever_is_wrong_with_it_is_said_from_level_2_on(
+    kind: str, actor: str, version: str, data: bytes, expected: Reason
+) -> None:
+    """Marked with the level that knows the kind, so that a fold of level 1 calls it unknown."""
+    judged = judge(wire.event("test", kind, actor), data, {wire.VERSION: version})
+    assert judged.whole is not None
+    assert judged.whole.reason is expected
+    assert (judged.level, judged.role) == (2, ROLES[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_a_bad_actor_of_a_known_kind_is_bad_in_any_version(kind: str, version: str) -> None:
+    if SINCE[kind] == 1:
+        judged = judge(wire.event("test", kind, "a$b"), b"{}", {wire.VERSION: version})
+        assert judged.whole is not None
+        assert (judged.whole.reason, judged.level) == (Reason.BAD_SUBJECT, 1)
+
+
+def test_an_unfenced_message_keeps_its_level() -> None:
+    judged = judge(ASSIGNED, b'{"id":"a","attempt":1,"incarnation":1}', LEVEL_2)
+    assert judged.whole is not None
+    assert (judged.whole.reason, judged.level) == (Reason.UNFENCED, 2)
+
+
+WORK: Final = b'{"id":"a","function":"f"%s}'
+TASK: Final = b'{"tasks":[{"function":"f","task_id":"t"%s}]}'
+PART: Final = b'{"workflow":"w","part":0,"tasks":[{"function":"f","task_id":"t"%s}]}'
+ASSIGNMENT: Final = b'{"id":"a","attempt":1,"incarnation":1,"function":"f"%s}'
+NAMING_LOCKS: Final = [
+    (SUBMITTED, WORK),
+    ("af.test.workflow.submitted.cli", TASK),
+    ("af.test.workflow.part.cli", PART),
+    (ASSIGNED, ASSIGNMENT),
+]
+LOCK_FIELDS: Final = [
+    b',"lock":"l"',
+    b' , "lock":"l"',
+    b',"l\\u006fck":"l"',
+    b',"lock":5',
+    b',"lock":null',
+    b',"lock":["l"]',
+    b',"lock":"%s"' % (b"l" * 201),
+]
+
+
+@pytest.mark.parametrize(("subject", "data"), NAMING_LOCKS)
+@pytest.mark.parametrize("field", LOCK_FIELDS)
+@pytest.mark.parametrize("headers", [DECIDED, DECIDED | {wire.VERSION: "1"}])
+def test_level_1_knows_no_lock(subject: str, data: bytes, field: bytes, headers: dict[str, str]) -> None:
+    """It is a field like any other that is unknown, whatever it holds."""
+    assert judge(subject, data % field, headers) == judge(subject, data % b"", headers)
+
+
+@pytest.mark.parametrize(("subject", "data"), NAMING_LOCKS)
+@pytest.mark.parametrize("field", LOCK_FIELDS[:3])
+def test_level_2_knows_it(subject: str, data: bytes, field: bytes) -> None:
+    (event,) = judge(subject, data % field, DECIDED | LEVEL_2).items
+    assert not isinstance(event, Bad)
+    (named,) = getattr(event, "tasks", [event])
+    assert named.lock == "l"
+
+
+@pytest.mark.parametrize(("subject", "data"), NAMING_LOCKS[:3])
+@pytest.mark.parametrize("field", LOCK_FIELDS[3:])
+def test_level_2_looks_at_it(subject: str, data: bytes, field: bytes) -> None:
+    assert reason(data % field, subject, LEVEL_2) in {Reason.BAD_TYPE, Reason.BAD_VALUE}
+
+
+def test_a_lock_twice_is_bad_even_where_it_is_unknown() -> None:
+    assert reason(WORK % b',"lock":"l","lock":"l"') is Reason.DUPLICATE_KEY
+
+
+@pytest.mark.parametrize("data", [b'{"function":"f","tasks":[{"lock":5},3],"lock":1}', WORK % b',"tasks":7'])
+def test_tasks_that_mean_nothing_are_left_alone(data: bytes) -> None:
+    assert reason(data) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_frame_is_written_in_the_level_that_added_its_kind(kind: str) -> None:
+    known: dict[str, Any] = {"tasks": [], "lock": "", "name": "l", "policy": events.Policy()}
+    made = KINDS[kind]
+    required = {field.name for field in msgspec.structs.fields(made) if field.required}
+    event = made(
+        **{name: known.get(name, 1) for name in made.__struct_fields__ if name in required | {"lock"}}
+    )
+    assert level_of([event]) == SINCE[kind]
+    assert level_headers([event]) == (None if SINCE[kind] == 1 else LEVEL_2)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [events.TaskSubmitted(function="f"), events.TaskSubmitted(function="f", lock="l")],
+        [events.TaskAssigned(id="a", attempt=1, incarnation=1, lock="l")],
+        [events.WorkflowSubmitted(tasks=[events.WorkflowTask(task_id="t", function="f", lock="l")])],
+        [
+            events.WorkflowPart(
+                workflow="w", part=0, tasks=[events.WorkflowTask(task_id="t", shell="true", lock="l")]
+            )
+        ],
+    ],
+    ids=lambda said: said[0].kind,
+)
+def test_and_in_level_2_if_a_lock_is_named(said: list[Event]) -> None:
+    assert level_of(said) == 2
+    assert level_headers(said) == LEVEL_2
+    headers = DECIDED | (level_headers(said) or {})
+    assert b'"lock":"l"' in encode(judge(wire.event("n", said[0].kind, "x"), encode(said), headers).items)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +475,9 @@ FIELDS: Final[dict[str, st.SearchStrategy[Any]]] = {
     "retry": st.none() | st.builds(events.Retry, max_attempts=INTEGERS, backoff_s=st.floats(-1, 1e9)),
     "priority": INTEGERS | TEXTS,
     "tasks": st.lists(
-        st.builds(events.WorkflowTask, task_id=TEXTS, function=TEXTS, args=st.lists(ANY, max_size=1)),
+        st.builds(
+            events.WorkflowTask, task_id=TEXTS, function=TEXTS, lock=TEXTS, args=st.lists(ANY, max_size=1)
+        ),
         max_size=2,
     ),
     "policy": st.builds(
@@ -329,6 +489,9 @@ FIELDS: Final[dict[str, st.SearchStrategy[Any]]] = {
     ),
     "inputs": st.dictionaries(TEXTS, st.builds(events.Input, value=RAWS), max_size=2),
     "labels": st.dictionaries(TEXTS, TEXTS, max_size=2),
+    "metadata": st.dictionaries(TEXTS, TEXTS, max_size=2),
+    "mode": st.sampled_from(["exclusive", "shared", "semaphore", "none"]),
+    "lock": TEXTS,
     "functions": st.lists(TEXTS, max_size=2),
     "non_retryable": st.lists(TEXTS, max_size=2),
     "result": RAWS,
@@ -362,7 +525,7 @@ def any_events(draw: st.DrawFn, kind: str) -> Event:
 
 
 def strict_alone(kind: str, data: bytes) -> Any:
-    return frames._strict(kind, data)
+    return frames._strict(kind, data, no_lock=False)
 
 
 def fast_alone(kind: str, data: bytes) -> Any:
@@ -379,6 +542,19 @@ def test_what_the_fast_way_accepts_the_strict_way_reads_alike(kind: str, data: s
     if fast is not None:
         assert encode(strict_alone(kind, written)) == encode(fast)
         assert strict_alone(kind, written) == fast or kind in {"task.assigned", "task.completed"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_how_a_frame_is_written_makes_no_difference_in_any_level(kind: str, data: st.DataObject) -> None:
+    said = data.draw(st.lists(any_events(kind), min_size=1, max_size=3))
+    written = encode(said)
+    for headers in (DECIDED, DECIDED | LEVEL_2):
+        fast = judge(wire.event("n", kind, "x"), written, headers)
+        slow = judge(wire.event("n", kind, "x"), written + b" ", headers)
+        assert (slow.whole, slow.level, slow.role) == (fast.whole, fast.level, fast.role)
+        assert encode(slow.items) == encode(fast.items)
 
 
 def test_what_is_canonical_takes_the_fast_way() -> None:
@@ -524,7 +700,7 @@ def mutated(draw: st.DrawFn) -> tuple[str, bytes]:
 @settings(max_examples=300, deadline=None)
 def test_mutated_frames(found: tuple[str, bytes]) -> None:
     kind, data = found
-    judged = judge(wire.event("n", kind, "x"), data, DECIDED)
+    judged = judge(wire.event("n", kind, "x"), data, DECIDED | LEVEL_2)
     assert is_sound(judged)
     strict = strict_alone(kind, data)
     if isinstance(strict, Bad):

@@ -21,7 +21,7 @@ from agentflow.domain.plan import DECISIONS_MAX, INPUTS_BYTES_MAX, Plan, Silence
 from agentflow.domain.queue import Demand
 from agentflow.domain.state import Namespace, Worker
 from agentflow.frames import encode, judge
-from agentflow.limits import FOLD_BYTES_MAX, INPUT_DEPTH_MAX
+from agentflow.limits import FOLD_BYTES_MAX, INPUT_DEPTH_MAX, LEVEL
 from tests.unit.dump import dump
 from tests.unit.given import (
     FUNCTION,
@@ -43,6 +43,7 @@ from tests.unit.given import (
     joined,
     left,
     lost,
+    master_joined,
     policy,
     says,
     started,
@@ -657,7 +658,10 @@ def test_whatever_happens_everything_ends_once_the_cluster_works(seed: int) -> N
     history.run(120)
     scene = history.scene
     scene.given(
-        elected(), policy(losses_max=2, ahead_ms=10), joined("w1", slots=3, group="g", cpu=1.0, memory_mb=250)
+        master_joined(),
+        elected(),
+        policy(losses_max=2, ahead_ms=10),
+        joined("w1", slots=3, group="g", cpu=1.0, memory_mb=250, level=LEVEL),
     )
     for _ in range(400):
         made = scene.after(60_000).lead()
@@ -672,6 +676,7 @@ def test_whatever_happens_everything_ends_once_the_cluster_works(seed: int) -> N
     assert not scene.state.cancels
     assert not scene.state.struck
     assert not scene.state.answers
+    assert not scene.state.lock_users
     assert scene.state.queue.size == scene.state.running == 0
 
 

@@ -64,6 +64,9 @@ def _task_assigned(state: Namespace, event: TaskAssigned, at: At) -> Verdict:
         return SUPERSEDED
     if worker is None or worker.incarnation != event.incarnation:
         return SUPERSEDED
+    demand = task.terms.demand
+    if demand.lock in state.lock_users:
+        return SUPERSEDED
     if task.ticket:
         state.queue.remove(task)
     task.state = State.RUNNING
@@ -78,7 +81,6 @@ def _task_assigned(state: Namespace, event: TaskAssigned, at: At) -> Verdict:
     worker.suspects += task.suspect
     state.last_worker = worker.name
     state.running += 1
-    demand = task.terms.demand
     if demand.lock:
         state.lock_users[demand.lock] = task.id
     if not demand.plain:

@@ -114,9 +114,10 @@ def _advance_clock(state: Namespace, server_ms: int) -> None:
 
 def _too_new(state: Namespace, judged: Judged, at: At) -> Verdict:
     """A message of a level that is not in force yet: said by every fold as one that knows no more would."""
-    if SINCE.get(judged.kind, 0) > state.level:
+    level = min(state.level, state.knows)
+    if SINCE[judged.kind] > level:
         return _refuse(state, None, unknown_kind(judged.kind), at)
-    detail = f"the message is of level {judged.level}; level {state.level} is in force"
+    detail = f"the message is of level {judged.level}; level {level} is in force"
     return _refuse(state, judged.role, Bad(Reason.UNKNOWN_VERSION, detail), at)
 
 

@@ -6,6 +6,7 @@ Tokens of one lock rise, so a word about a lower one than was heard of comes too
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from agentflow import wire
@@ -27,16 +28,13 @@ def lock_opened(state: Namespace, event: LockOpened, at: At) -> Verdict:
 
 def lock_acquired(state: Namespace, event: LockAcquired, at: At) -> Verdict:
     """Somebody holds a lock. An exclusive one has nobody else's hold beside it."""
-    if event.token <= state.lock_tokens.get(event.name, 0) and event.mode == _EXCLUSIVE:
+    before = state.locks.get(event.name, {})
+    if _is_late(state, event, before):
         return SUPERSEDED
-    holdings = state.locks.get(event.name, {})
-    if event.token in holdings:
-        return SUPERSEDED
-    if sum(map(len, state.locks.values())) >= LOCKS_MAX:
+    holdings = _shared(before) if event.mode != _EXCLUSIVE else {}
+    if sum(map(len, state.locks.values())) - len(before) + len(holdings) >= LOCKS_MAX:
         detail = f"{LOCKS_MAX} holders of locks are known; this one is not kept"
         return Verdict(Kind.QUARANTINED, Reason.OVERLOADED, detail)
-    if event.mode == _EXCLUSIVE:
-        holdings = {}
     holdings[event.token] = Holding(
         token=event.token,
         holder=event.holder,
@@ -52,14 +50,31 @@ def lock_acquired(state: Namespace, event: LockAcquired, at: At) -> Verdict:
     return APPLIED
 
 
+def _is_late(state: Namespace, event: LockAcquired, holdings: Mapping[int, Holding]) -> bool:
+    """Whether a hold is known already, or over, or a later one is known that had nobody beside it."""
+    latest = state.lock_tokens.get(event.name, 0)
+    if event.mode == _EXCLUSIVE:
+        return event.token <= max(latest, *holdings, 0)
+    return (
+        event.token == latest
+        or event.token in holdings
+        or any(token > event.token for token, holding in holdings.items() if holding.mode == _EXCLUSIVE)
+    )
+
+
+def _shared(holdings: Mapping[int, Holding]) -> dict[int, Holding]:
+    """Those that may have others beside them."""
+    return {token: holding for token, holding in holdings.items() if holding.mode != _EXCLUSIVE}
+
+
 def lock_ended(state: Namespace, event: LockReleased | LockLost, _at: At) -> Verdict:
-    """A lock was given back or lost."""
-    _remember(state, event.name, event.token)
-    holdings = state.locks.get(event.name)
-    if holdings is None or holdings.pop(event.token, None) is None:
+    """A lock was given back or lost, maybe by a holder that had not yet said that it holds it."""
+    holdings = state.locks.get(event.name, {})
+    if holdings.pop(event.token, None) is None and event.token <= state.lock_tokens.get(event.name, 0):
         return SUPERSEDED
     if not holdings:
-        del state.locks[event.name]
+        state.locks.pop(event.name, None)
+    _remember(state, event.name, event.token)
     return APPLIED
 
 
