@@ -62,7 +62,14 @@ class Cluster:
 
     async def worker(self, **config: Any) -> Worker:
         assert app.add.name in agentflow.registered()
-        config = {"url": self.url, "slots": 4, "heartbeat_s": 0.2, "drain_s": 0.5, **config}
+        config = {
+            "url": self.url,
+            "slots": 4,
+            "heartbeat_s": 0.2,
+            "drain_s": 0.5,
+            "stall_s_max": 0.0,
+            **config,
+        }
         return await self._stack.enter_async_context(Worker(WorkerConfig(**config)))
 
     async def client(self, **options: Any) -> agentflow.Client:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from agentflow import wire
 from agentflow.domain.state import Namespace, Worker
 from agentflow.frames import encode
-from agentflow_nodes.master.liveness import Heartbeat, Liveness
+from agentflow_nodes.master.liveness import STALL_S_MAX, Heartbeat, Liveness
 
 TTL_S = 5.0
 
@@ -33,8 +33,8 @@ class Ward:
         self.state.workers["w1"] = self.worker
         self.liveness = Liveness("default", TTL_S, clock=lambda: self.now)
 
-    def beat(self, *, read: int = 0, incarnation: int = 7) -> None:
-        data = encode(Heartbeat(incarnation, read))
+    def beat(self, *, read: int = 0, incarnation: int = 7, stalled: bool = False) -> None:
+        data = encode(Heartbeat(incarnation, read, stalled=stalled))
         self.liveness._on_heartbeat(wire.heartbeat("default", "w1"), data, "", None)
 
     def after(self, seconds: float) -> list[str]:
@@ -106,3 +106,50 @@ def test_nonsense_is_no_heartbeat() -> None:
         ward.now += 2.0
         ward.liveness._on_heartbeat(wire.heartbeat("default", "w1"), data, "", None)
     assert ward.after(0.0) == ["no heartbeat for 5 s"]
+
+
+class TestStalled:
+    """Its keeper speaks for a worker whose event loop stands still."""
+
+    def test_one_that_is_stalled_lives_although_it_reads_nothing(self) -> None:
+        ward = Ward()
+        ward.worker.assigned_seq = 50
+        ward.beat(read=49)
+        for _ in range(20):
+            assert ward.after(1.0) == []
+            ward.beat(read=49, stalled=True)
+
+    def test_once_it_goes_on_it_has_its_full_time_to_read(self) -> None:
+        ward = Ward()
+        ward.worker.assigned_seq = 50
+        ward.beat(read=49)
+        ward.after(TTL_S - 1)
+        ward.beat(read=49, stalled=True)
+        ward.after(TTL_S - 1)
+        reasons = []
+        for _ in range(int(TTL_S) - 1):
+            ward.beat(read=49)
+            reasons += ward.after(1.0)
+        assert reasons == []
+        for _ in range(3):
+            ward.beat(read=49)
+            reasons += ward.after(1.0)
+        assert set(reasons) == {"it has not read its assignments for 5 s"}
+
+    def test_it_does_not_live_for_ever(self) -> None:
+        ward = Ward()
+        ward.beat()
+        lived = 0
+        while not (reasons := ward.after(1.0)):
+            lived += 1
+            ward.beat(stalled=True)
+            assert lived < 2 * STALL_S_MAX
+        assert reasons == ["its event loop stood still, and then no heartbeat for 5 s"]
+        assert STALL_S_MAX - 1 <= lived <= STALL_S_MAX + TTL_S + 1
+
+    def test_one_whose_keeper_falls_silent_is_given_up_as_any_other(self) -> None:
+        ward = Ward()
+        ward.beat()
+        ward.after(2.0)
+        ward.beat(stalled=True)
+        assert ward.after(TTL_S + 1) != []

@@ -28,6 +28,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     drain_s: float = 30.0
     """How long running tasks may go on when it leaves."""
     heartbeat_s: float = 1.0
+    stall_s_max: float = 60.0
+    """How long a worker whose event loop stands still is spoken for; 0: not at all, and no keeper is started."""
     replicas: int = 1
     level: int = LEVEL
     """The highest contract level it lets be used; lowered while a cluster is changed over."""

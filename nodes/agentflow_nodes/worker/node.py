@@ -1,19 +1,16 @@
 """The worker node: joins, runs what it is assigned, reports.
 
-It reads from its own `worker.joined` on and runs only what names its incarnation. Slots are
-long-lived coroutines that take from one queue; a coroutine function runs inside its slot.
-Outcomes go into the log in frames, one in flight, repeated until their fate is known.
+It reads from its own `worker.joined` on and runs only what names its incarnation, in its
+`Slots`. Outcomes go into the log in frames, one in flight, repeated until their fate is known.
+A client may ask it to drain: then it takes nothing new, finishes, leaves and has ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import os
 import secrets
 import socket
-import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
@@ -26,12 +23,12 @@ from agentflow.client.function import Function, registered
 from agentflow.ending import end_tasks
 from agentflow.errors import AgentFlowError, OperatingError
 from agentflow.events import (
+    SINCE,
     Event,
     TaskAssigned,
-    TaskDeclined,
-    TaskStarted,
     TaskStop,
     WorkerDraining,
+    WorkerDrainRequested,
     WorkerJoined,
     WorkerLeft,
     WorkerLost,
@@ -43,20 +40,12 @@ from agentflow.logs import get_logger
 from agentflow.objects import ObjectStore
 from agentflow.writer import Writer
 from agentflow_nodes.master.liveness import Heartbeat
-from agentflow_nodes.worker.attempts import Attempts, Run, failed
+from agentflow_nodes.worker.attempts import Attempts
 from agentflow_nodes.worker.config import WorkerConfig
-from agentflow_nodes.worker.outcome import Failed
+from agentflow_nodes.worker.kept import Kept, needs_keeper
+from agentflow_nodes.worker.slots import Slots
 
-STARTED_AFTER_S: Final = 0.1
-"""An attempt that runs this long is announced with `task.started`: a person may look."""
-_SWEEP_S: Final = 0.05
-GIVE_UP_S: Final = 5.0
-"""How long a stopped function may go on before its slot is given to others."""
-_YIELD_AFTER: Final = 32
-"""Attempts a slot may run in a row before others get a turn."""
-_STOP_GRACE_S: Final = 4.0
-"""How long an attempt may take to end once cancelled, before its slot goes on without it: longer than the
-grace of programs."""
+_LEAVES: Final = "the worker leaves"
 _LEAVE_S: Final = 5.0
 """How long leaving waits for the log to take the last word."""
 
@@ -80,16 +69,15 @@ class Worker:
         self._objects = ObjectStore(self.bus, config.namespace, replicas=config.replicas)
         self._attempts = Attempts(config, self.functions, self._log, self._objects)
         self._writer = Writer(self._log, config.name, grouped=True)
+        self._slots = Slots(self._attempts, self._writer)
+        self._kept = Kept(config) if config.stall_s_max and needs_keeper(self.functions) else None
         self._instance = secrets.token_hex(8)
         self._incarnation = 0
         self._read = 0
-        self._queue: deque[TaskAssigned] = deque()
-        self._idle: deque[asyncio.Future[None]] = deque()
-        self._running: dict[str, Run] = {}
-        self._slots: dict[asyncio.Task[None], Run | None] = {}
         self._draining = self._gone = False
         self._tasks: list[asyncio.Task[None]] = []
         self._lost = asyncio.Event()
+        self._drain_asked = asyncio.Event()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -99,11 +87,15 @@ class Worker:
             await stack.enter_async_context(self._writer)
             await stack.enter_async_context(self._attempts)
             await self._join()
+            if self._kept is not None:
+                self._kept.beat(self._heartbeat())
+                await stack.enter_async_context(self._kept)
             self._stack = stack.pop_all()
         self._tasks = [
             asyncio.create_task(self._serve(), name="worker reader"),
             asyncio.create_task(self._beat(), name="worker heartbeat"),
-            asyncio.create_task(self._announce(), name="worker announcer"),
+            asyncio.create_task(self._slots.announce(), name="worker announcer"),
+            asyncio.create_task(self._drain(), name="worker drain"),
         ]
         return self
 
@@ -117,11 +109,14 @@ class Worker:
             await self._leave()
         finally:
             await end_tasks(*self._tasks)
-            await self._end_slots("the worker leaves")
+            await self._slots.end(_LEAVES)
             await self._stack.aclose()
 
     async def ended(self) -> None:
-        """Wait until it stops by itself, and raise why: NameTaken, LogGone, or a bug."""
+        """Wait until it stops by itself: it was drained on request, or raises why not.
+
+        Raises NameTaken, LogGone, or a bug.
+        """
         done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
@@ -147,23 +142,32 @@ class Worker:
         self._incarnation = self._read = await self._writer.write([joined])
         self._lost.clear()
         _log.info("joined", worker=config.name, incarnation=self._incarnation, slots=config.slots)
-        for _ in range(config.slots):
-            self._open_slot()
+        self._slots.open(config.slots)
+
+    def _take_nothing_new(self) -> None:
+        if not self._draining:
+            self._draining = True
+            self._writer.say(WorkerDraining(incarnation=self._incarnation))
+        self._slots.hand_back_queued()
+
+    async def _drain(self) -> None:
+        """Once a client asked for it: finish what runs, however long that takes, and be done."""
+        await self._drain_asked.wait()
+        self._take_nothing_new()
+        await self._slots.run_dry()
+        _log.info("drained", worker=self.config.name)
 
     async def _leave(self) -> None:
         """Take nothing new, let what runs end within its time, hand the rest back."""
-        self._draining = True
         if not self._incarnation:
             return
-        self._writer.say(WorkerDraining(incarnation=self._incarnation))
-        while self._queue:
-            self._hand_back(self._queue.popleft())
-        until = time.monotonic() + self.config.drain_s
-        while self._running and time.monotonic() < until:  # noqa: ASYNC110 - attempts must not pay for an event
-            await asyncio.sleep(_SWEEP_S)
-        if self._running:
-            _log.warning("tasks stopped to leave", count=len(self._running))
-        await self._end_slots("the worker leaves")
+        self._take_nothing_new()
+        await self._slots.run_dry(self.config.drain_s)
+        if self._slots.running:
+            _log.warning("tasks stopped to leave", count=self._slots.running)
+        await self._slots.end(_LEAVES)
+        if not self._incarnation:
+            return  # it was given up meanwhile: nobody waits for a word of it
         try:
             async with asyncio.timeout(_LEAVE_S):
                 await self._writer.settled()
@@ -171,20 +175,10 @@ class Worker:
         except (TimeoutError, OperatingError) as error:
             _log.warning("left without saying so", error=str(error) or type(error).__name__)
 
-    def _hand_back(self, assigned: TaskAssigned) -> None:
-        """Not run here: another worker may have it at once."""
-        declined = TaskDeclined(
-            id=assigned.id,
-            attempt=assigned.attempt,
-            incarnation=assigned.incarnation,
-            reason="the worker leaves",
-        )
-        self._writer.say(declined)
-
     # Reading ---------------------------------------------------------------------------
 
     async def _serve(self) -> None:
-        while True:
+        while self._incarnation:
             reading = asyncio.create_task(self._read_log(), name="worker log")
             lost = asyncio.create_task(self._lost.wait())
             try:
@@ -197,11 +191,14 @@ class Worker:
 
     async def _rejoin(self) -> None:
         """The leader gave us up: what we still run is somebody else's now."""
-        _log.warning("given up by the leader: joining anew", worker=self.config.name)
-        self._queue.clear()
-        await self._end_slots("the worker was given up")
-        self._instance = secrets.token_hex(8)
-        await self._join()
+        leaving = self._draining
+        _log.warning("given up by the leader", worker=self.config.name, joins_anew=not leaving)
+        if leaving:
+            self._incarnation = 0
+        await self._slots.end("the worker was given up")
+        if not leaving:
+            self._instance = secrets.token_hex(8)
+            await self._join()
 
     async def _read_log(self) -> None:
         namespace, name = self.config.namespace, self.config.name
@@ -210,6 +207,7 @@ class Worker:
             wire.event(namespace, TaskStop.kind, name),
             wire.event(namespace, WorkerJoined.kind, name),
             wire.event(namespace, WorkerLost.kind, "*"),
+            wire.event(namespace, WorkerDrainRequested.kind, "*"),
         ]
         async for messages in self._log.follow(self._incarnation, subjects=subjects):
             for message in messages:
@@ -228,21 +226,18 @@ class Worker:
         if assigned.incarnation != self._incarnation:
             return
         if self._draining:
-            self._hand_back(assigned)
-            return
-        self._queue.append(assigned)
-        while self._idle:
-            waiter = self._idle.popleft()
-            if not waiter.done():  # a slot that was ended waits no more
-                waiter.set_result(None)
-                return
+            self._slots.hand_back(assigned)
+        else:
+            self._slots.take(assigned)
 
     def _on_other(self, event: Event, seq: int) -> None:
         match event:
             case TaskStop():
-                self._stop(event)
+                self._slots.stop(event)
             case WorkerLost() if event.worker == self.config.name and event.incarnation == self._incarnation:
                 self._lost.set()
+            case WorkerDrainRequested() if event.worker == self.config.name:
+                self._on_drain_requested(event)
             case WorkerJoined() if seq > self._incarnation and event.instance != self._instance:
                 self._incarnation = 0  # whatever we hold is somebody else's now
                 message = f"another worker joined as {self.config.name!r}: give each worker a name of its own"
@@ -250,145 +245,24 @@ class Worker:
             case _:
                 pass
 
-    def _stop(self, stop: TaskStop) -> None:
-        run = self._running.get(stop.id)
-        if run is not None and run.assigned.attempt == stop.attempt:
-            if not run.why:
-                self._end_run(run, stop.reason or "stopped")
-            return
-        for assigned in self._queue:
-            if assigned.id == stop.id and assigned.attempt == stop.attempt:
-                self._queue.remove(assigned)
-                self._writer.say(failed(_run_of(assigned), Failed("stopped", stop.reason)))
-                return
+    def _on_drain_requested(self, event: WorkerDrainRequested) -> None:
+        if self.config.level >= SINCE[event.kind] and not self._drain_asked.is_set():
+            _log.info("asked to leave", worker=self.config.name, reason=event.reason)
+            self._drain_asked.set()
 
-    # Running ---------------------------------------------------------------------------
-
-    def _open_slot(self) -> None:
-        slot = asyncio.create_task(self._slot(), context=contextvars.Context(), name="worker slot")
-        self._slots[slot] = None
-        slot.add_done_callback(lambda done: self._slots.pop(done, None))
-
-    async def _slot(self) -> None:
-        """Take an attempt, run it, report it; for as long as the incarnation lives."""
-        me = asyncio.current_task()
-        assert me is not None
-        in_a_row = 0
-        clean = contextvars.copy_context()
-        while True:
-            if not self._queue:
-                in_a_row = 0
-                waiter = asyncio.get_running_loop().create_future()
-                self._idle.append(waiter)
-                await waiter
-                continue
-            in_a_row += 1
-            if in_a_row > _YIELD_AFTER:
-                in_a_row = 0
-                await asyncio.sleep(0)
-                continue
-            run = _run_of(self._queue.popleft())
-            self._slots[me] = run
-            self._running[run.assigned.id] = run
-            try:
-                await self._attempt(run)
-            except asyncio.CancelledError:
-                if run.over:
-                    raise
-                why = Failed("stopped", run.why) if run.why else Failed("error", "it cancelled its own slot")
-                self._report(run, failed(run, why))
-            if not self._free(me, run):
-                return
-            if contextvars.copy_context() != clean:
-                # The function left something in its context: nothing of one task may reach another.
-                self._slots.pop(me, None)
-                self._open_slot()
-                return
-
-    def _free(self, slot: asyncio.Task[None], run: Run) -> bool:
-        """The attempt is over. False if the slot was given up meanwhile."""
-        while slot.cancelling():
-            slot.uncancel()
-        if self._running.get(run.assigned.id) is run:
-            del self._running[run.assigned.id]
-        if slot not in self._slots:
-            return False
-        self._slots[slot] = None
-        return True
-
-    async def _attempt(self, run: Run) -> None:
-        if run.assigned.suspect:
-            run.announced = True
-            await self._writer.write([_started(run)])
-        self._report(run, await self._attempts.run(run))
-
-    def _report(self, run: Run, event: Event) -> None:
-        if not run.over:
-            run.over = True
-            self._writer.say(event)
-
-    def _end_run(self, run: Run, why: str) -> None:
-        run.why = why
-        for slot, current in self._slots.items():
-            if current is run:
-                slot.cancel()
-                asyncio.get_running_loop().call_later(_STOP_GRACE_S, self._give_up, slot, run)
-
-    def _give_up(self, slot: asyncio.Task[None], run: Run) -> None:
-        """A coroutine that does not heed its cancellation goes on outside of the slots, for nobody."""
-        if self._slots.get(slot) is not run:
-            return
-        _log.warning("a task ignores its cancellation", task=run.assigned.id)
-        self._report(run, failed(run, Failed("stopped", run.why)))
-        del self._slots[slot]
-        self._running.pop(run.assigned.id, None)
-        self._open_slot()
-
-    async def _end_slots(self, why: str) -> None:
-        slots, self._slots = self._slots, {}
-        for slot, run in slots.items():
-            if run is not None:
-                self._report(run, failed(run, Failed("stopped", why)))
-            slot.cancel()
-        if slots:
-            _, ignoring = await asyncio.wait(slots, timeout=_STOP_GRACE_S)
-            if ignoring:
-                _log.warning("tasks ignore their cancellation", count=len(ignoring))
-        self._running.clear()
-        self._idle.clear()
-
-    # Saying ----------------------------------------------------------------------------
-
-    async def _announce(self) -> None:
-        """Say of attempts that take a while that they have started."""
-        while True:
-            await asyncio.sleep(_SWEEP_S)
-            before = time.monotonic() - STARTED_AFTER_S
-            for run in list(self._running.values()):
-                if not run.announced and run.started < before and not run.over:
-                    run.announced = True
-                    self._writer.say(_started(run))
+    # Beating ---------------------------------------------------------------------------
 
     async def _beat(self) -> None:
         subject = wire.heartbeat(self.config.namespace, self.config.name)
         while True:
-            beat = Heartbeat(self._incarnation, self._read, len(self._running), len(self._queue))
+            beat = self._heartbeat()
+            if self._kept is not None:
+                self._kept.beat(beat)
             try:
                 self.bus.publish(subject, encode(beat))
             except OperatingError as error:
                 _log.debug("heartbeat not sent", error=str(error))
             await asyncio.sleep(self.config.heartbeat_s)
 
-
-def _run_of(assigned: TaskAssigned) -> Run:
-    return Run(assigned, time.time_ns() // 1_000_000, time.monotonic())
-
-
-def _started(run: Run) -> TaskStarted:
-    assigned = run.assigned
-    return TaskStarted(
-        id=assigned.id,
-        attempt=assigned.attempt,
-        incarnation=assigned.incarnation,
-        started_at_ms=run.started_at_ms,
-    )
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(self._incarnation, self._read, self._slots.running, self._slots.queued)
