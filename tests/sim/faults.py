@@ -1,0 +1,157 @@
+"""What goes wrong, drawn from the seed: each fault begins at a time and ends at another."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from tests.sim.cluster import Cluster
+from tests.sim.network import Link, Weather
+
+PAUSE_S: Final = 1.2
+"""Mean time between the beginnings of two faults."""
+_CLOCK_STEPS_S: Final = (-600.0, -5.0, -0.5, 0.5, 4.0, 30.0, 200.0, 900.0)
+
+# Weather, by what is wrong with it.
+_STORMS: Final[dict[str, Weather]] = {
+    "slow": Weather(delay_s=0.05, jitter_s=0.4),
+    "answers_lost": Weather(answer_lost=0.4),
+    "requests_lost": Weather(request_lost=0.4),
+    "busy": Weather(busy=0.5),
+    "stored_unknown": Weather(stored_unknown=0.2),
+    "lost_unknown": Weather(lost_unknown=0.2),
+    "redelivery": Weather(redelivered=0.5),
+    "beats_lost": Weather(beats_lost=1.0),
+}
+
+
+class Targets(Protocol):
+    """The cluster, as something to harm."""
+
+    @property
+    def leader(self) -> str:
+        """Name of a master that leads; "" if none does."""
+        ...
+
+    def names(self) -> list[str]:
+        """All nodes."""
+        ...
+
+    def pause(self, name: str, for_s: float) -> None:
+        """Stop a process, and let it go on later."""
+        ...
+
+    def crash(self, name: str) -> None:
+        """Kill a process; it is started anew."""
+        ...
+
+    def drain(self, name: str) -> None:
+        """Ask a worker or master to leave in good order; it is started anew."""
+        ...
+
+
+class Faults:
+    """Injects faults until a time, each for a while."""
+
+    def __init__(self, cluster: Cluster, targets: Targets) -> None:
+        self._cluster = cluster
+        self._targets = targets
+        self._chance: random.Random = cluster.chance("faults")
+
+    async def run(self, until_s: float) -> None:
+        """Do harm."""
+        kinds: dict[Callable[[], None], int] = {
+            self._storm: 8,
+            self._cut: 5,
+            self._pause: 4,
+            self._crash: 3,
+            self._strike_leader: 3,
+            self._stop_server: 1,
+            self._step_clock: 2,
+            self._drain: 1,
+        }
+        while True:
+            await asyncio.sleep(self._chance.expovariate(1 / PAUSE_S))
+            if self._cluster.loop.time() >= until_s:
+                return
+            (fault,) = self._chance.choices(list(kinds), list(kinds.values()))
+            fault()
+
+    def _began(self, kind: str, *about: object) -> None:
+        self._cluster.faults[kind] += 1
+        self._cluster.trace("fault", kind, *about)
+
+    def _some(self) -> str:
+        return self._chance.choice(self._targets.names())
+
+    def _link(self, name: str) -> Link:
+        return self._cluster.network.links[name]
+
+    def _later(self, after_s: float, callback: Callable[[], None]) -> None:
+        loop = self._cluster.loop
+        loop.outside(loop.time() + after_s, callback)
+
+    def _storm(self) -> None:
+        name = self._some()
+        kind = self._chance.choice(list(_STORMS))
+        for_s = self._chance.uniform(1, 12)
+        self._began(kind, name, f"{for_s:.3f}")
+        self._link(name).weather = _STORMS[kind]
+        self._later(for_s, lambda: self._calm(name))
+
+    def _calm(self, name: str) -> None:
+        self._link(name).weather = Weather()
+
+    def _cut(self) -> None:
+        self._cut_off(self._some())
+
+    def _cut_off(self, name: str) -> None:
+        kind, there, back = self._chance.choice(
+            (
+                ("partition", True, True),
+                ("partition_answers", False, True),
+                ("partition_requests", True, False),
+            )
+        )
+        for_s = self._chance.choice((0.3, 2.0, 5.0, 9.0, 15.0)) * self._chance.uniform(0.5, 1.2)
+        self._began(kind, name, f"{for_s:.3f}")
+        self._link(name).cut(there=there, back=back)
+        self._later(for_s, lambda: self._link(name).heal())
+
+    def _pause(self) -> None:
+        self._pause_for(self._some())
+
+    def _pause_for(self, name: str) -> None:
+        for_s = self._chance.choice((0.2, 1.0, 4.0, 8.0, 14.0)) * self._chance.uniform(0.5, 1.2)
+        self._began("pause", name, f"{for_s:.3f}")
+        self._targets.pause(name, for_s)
+
+    def _crash(self) -> None:
+        name = self._some()
+        self._began("crash", name)
+        self._targets.crash(name)
+
+    def _strike_leader(self) -> None:
+        """Whoever leads: nothing else shows so much."""
+        name = self._targets.leader
+        if name:
+            self._chance.choice((self._pause_for, self._cut_off))(name)
+
+    def _stop_server(self) -> None:
+        for_s = self._chance.choice((0.1, 1.0, 6.0)) * self._chance.uniform(0.5, 1.2)
+        self._began("server_down", f"{for_s:.3f}")
+        network = self._cluster.network
+        network.stop_server()
+        self._later(for_s, network.start_server)
+
+    def _step_clock(self) -> None:
+        step_s = self._chance.choice(_CLOCK_STEPS_S)
+        self._began("clock_step", step_s)
+        self._cluster.network.server.advance(step_s)
+
+    def _drain(self) -> None:
+        name = self._chance.choice([name for name in self._targets.names() if not name.startswith("c")])
+        self._began("drain", name)
+        self._targets.drain(name)
