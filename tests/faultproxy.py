@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Self
 
 _CHUNK_BYTES = 64 * 1024
+_CUT_AGAIN_S = 0.05
 _TICK_S = 0.000_001
 """What is delayed by the same time keeps its order by this much."""
 
@@ -47,16 +48,24 @@ class FaultProxy:
     ) -> None:
         assert self._server is not None
         self._server.close()
-        self.cut()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.refuse()
+        self._to_server.set()
+        self._to_client.set()
+        while self._tasks:  # one that is just being connected is cut in the next round
+            self.cut()
+            await asyncio.wait(self._tasks, timeout=_CUT_AGAIN_S)
 
     @property
     def url(self) -> str:
         """Where clients connect."""
+        return f"nats://127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        """The port of `url`."""
         assert self._server is not None
-        return f"nats://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
 
     def cut(self) -> None:
         """Reset all connections."""
@@ -158,7 +167,7 @@ class _Line:
     def send(self, data: bytes, delay_s: float) -> None:
         now = self._loop.time()
         if not delay_s and self._last <= now:
-            self._writer.write(data)
+            self._arrive(data)
             return
         self._last = max(now + delay_s, self._last + _TICK_S)
         self._loop.call_at(self._last, self._arrive, data)

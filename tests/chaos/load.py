@@ -23,7 +23,7 @@ import agentflow
 from agentflow import wire
 from agentflow.client.handle import Handle
 from agentflow.errors import AgentFlowError, AppendRefused, InvalidRequest
-from agentflow.events import TaskSubmitted
+from agentflow.events import Needs, TaskSubmitted
 from agentflow.fresh import new_id
 from tests.chaos import app
 from tests.chaos.journal import Journal
@@ -48,7 +48,7 @@ _POISON = (
     b"[]",
     b'{"function":"noop","args":[NaN]}',
     b'{"function":"noop","function":"noop"}',
-    b'[{"function":"noop"},5]',
+    b'[{"function":""},5]',
     b'{"id":"at-1-1","function":"noop"}',
     b"[" * 500,
 )
@@ -83,6 +83,7 @@ class Load:
             self._shell,
             self._workflow,
             self._cancel,
+            self._regret,
             self._again,
             self._conflict,
             self._odd,
@@ -146,7 +147,9 @@ class Load:
 
     async def _hand_over(self, kind: str, event: TaskSubmitted, number: int) -> None:
         """One task under an id of our own, until it is acknowledged."""
-        event = TaskSubmitted(**{name: getattr(event, name) for name in event.__struct_fields__} | {"id": new_id()})
+        event = TaskSubmitted(
+            **{name: getattr(event, name) for name in event.__struct_fields__} | {"id": new_id()}
+        )
         for _ in range(_REPEATS_MAX):
             handle = await self._try(number, self._client.submit_task(event))
             if handle is not None:
@@ -158,7 +161,7 @@ class Load:
 
     def _remember(self, known: _Known) -> None:
         self._recent.append(known)
-        if self._chance.random() < 0.3:  # noqa: PLR2004 - a share
+        if self._chance.random() < 0.3:
             self._start(self._told, self._listen(known))
 
     async def _listen(self, known: _Known) -> None:
@@ -179,7 +182,7 @@ class Load:
     async def _nap(self) -> None:
         number = self._intend("nap")
         seconds = round(self._chance.choice((0.01, 0.05, 0.2, 0.5, 2.0)), 3)
-        options = app.nap.wire_options
+        options = app.nap.wire_options | ({"needs": Needs(cpu=1.0)} if self._chance.random() < 0.5 else {})
         await self._hand_over("nap", TaskSubmitted(function="nap", args=[number, seconds], **options), number)
 
     async def _flaky(self) -> None:
@@ -209,7 +212,7 @@ class Load:
         steps: list[Any] = []
         for _ in range(count):
             upstream = self._chance.sample(steps, min(len(steps), self._chance.randint(0, 3)))
-            broken = self._chance.random() < 0.03  # noqa: PLR2004 - a share
+            broken = self._chance.random() < 0.03
             step = flow.add(app.hopeless, number) if broken else flow.add(app.added, number, *upstream)
             if broken and upstream:
                 flow.after(step, *upstream)
@@ -228,6 +231,17 @@ class Load:
 
     async def _cancel(self) -> None:
         known = self._any_recent()
+        if known is not None:
+            number = self._intend("cancel", tasks=0, task=known.handle.id)
+            await self._try(number, self._client.cancel(known.handle.id, "chaos"))
+
+    async def _regret(self) -> None:
+        """Hand over something that takes a while, and cancel it: while it waits, or while it runs."""
+        number = self._intend("nap")
+        event = TaskSubmitted(function="nap", args=[number, 3.0], **app.nap.wire_options)
+        await self._hand_over("nap", event, number)
+        known = next((known for known in self._recent if known.number == number), None)
+        await asyncio.sleep(self._chance.choice((0.0, 0.1, 1.0)))
         if known is not None:
             number = self._intend("cancel", tasks=0, task=known.handle.id)
             await self._try(number, self._client.cancel(known.handle.id, "chaos"))

@@ -1,0 +1,27 @@
+-- What several invariants look at, made once everything is loaded.
+
+-- The one end of each task: its own event, or the one because of which it was skipped.
+create table ending as
+select task, pos, case kind
+    when 'task.completed' then 'completed' when 'task.cancelled' then 'cancelled' else 'failed' end as state
+from ev where ends
+union all
+select task, pos, 'skipped' from skipped;
+
+-- When an incarnation ceased to be.
+create table gone as
+select incarnation, min(pos) as pos from (
+    select incarnation, pos from ev where kind in ('worker.lost', 'worker.left') and verdict = 'applied'
+    union all
+    select w.incarnation, min(later.incarnation) * 8192 from worker w
+    join worker later on later.name = w.name and later.incarnation > w.incarnation group by w.incarnation)
+group by incarnation;
+
+-- What each incarnation holds, step by step. Of the dead it does not matter any more.
+create table held as
+select e.seq, e.pos, a.incarnation, case when e.kind = 'task.assigned' then 1 else -1 end as change,
+    a.suspect, coalesce(t.cpu, 0) as cpu
+from ev e
+join ev a on a.task = e.task and a.attempt = e.attempt and a.kind = 'task.assigned' and a.verdict = 'applied'
+left join task t on t.task = e.task
+where e.verdict = 'applied' and e.kind in ('task.assigned', 'task.completed', 'task.failed', 'task.declined');

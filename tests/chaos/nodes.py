@@ -1,0 +1,199 @@
+"""Nodes as processes: started, killed, paused, and started again when they end, as an init would."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from msgspec import Struct
+
+from tests.chaos.journal import Journal
+
+ROOT: Final = Path(__file__).parents[2]
+READY_TIMEOUT_S: Final = 60.0
+_RESTART_PAUSE_S: Final = 0.2
+_SHM: Final = Path("/dev/shm")  # where libfaketime leaves something of each process that was killed
+_LIBRARIES: Final = (
+    Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"),
+    Path("/usr/lib/aarch64-linux-gnu/faketime/libfaketime.so.1"),
+    Path("/usr/lib/faketime/libfaketime.so.1"),
+)
+_SHIM: Final = Path(__file__).parent / "clock"
+
+
+class Clock:
+    """A wall clock of a node's own, that can jump; durations and the monotonic clock stay true.
+
+    By libfaketime where it is installed, otherwise by a shim for Python's own clocks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._library = next((library for library in _LIBRARIES if library.exists()), None)
+        self.set(0)
+
+    def set(self, offset_s: float) -> None:
+        """From about a second on the clock is wrong by so much."""
+        fresh = self._path.with_suffix(".new")
+        fresh.write_text(f"{offset_s:+g}\n")
+        fresh.replace(self._path)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What a process needs to be told to go by this clock."""
+        if self._library is None:
+            return {"PYTHONPATH": str(_SHIM), "CHAOS_CLOCK": str(self._path)}
+        return {
+            "LD_PRELOAD": str(self._library),
+            "FAKETIME_TIMESTAMP_FILE": str(self._path),
+            "FAKETIME_CACHE_DURATION": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        }
+
+
+class Exit(Struct, frozen=True):
+    """How a process ended."""
+
+    node: str
+    pid: int
+    at: float
+    """Monotonic."""
+    code: int
+    ready: bool
+    """Whether it had been ready."""
+    by_us: bool
+
+
+class Node:
+    """A process that is kept running. An async context manager: entered means started, left means dead.
+
+    `lasting` says whether it is started again after it ended.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        folder: Path,
+        exits: Journal,
+        *,
+        lasting: bool = True,
+    ) -> None:
+        self.name: Final = name
+        self._argv = argv
+        self._env = {**os.environ, **env}
+        self._log_path = folder / f"{name}.log"
+        self._exits = exits
+        self._lasting = lasting
+        self._process: asyncio.subprocess.Process | None = None
+        self._pids: set[int] = set()
+        self._killed = self._leaving = False
+        self._hold = asyncio.Event()
+        self._hold.set()
+        self._keeper: asyncio.Task[None] | None = None
+        self.ready = asyncio.Event()
+        """Set while it runs and has said that it is ready."""
+        self.failures = 0
+        """Times it ended by itself after it had been ready."""
+
+    async def __aenter__(self) -> Self:
+        self._keeper = asyncio.create_task(self._keep(), name=f"keeper of {self.name}")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leaving = True
+        self._hold.set()
+        self.kill()
+        if self._keeper is not None:
+            await self._keeper
+        for pid in self._pids:
+            for name in (f"faketime_shm_{pid}", f"sem.faketime_sem_{pid}"):
+                (_SHM / name).unlink(missing_ok=True)
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a process."""
+        return self._process is not None and self._process.returncode is None
+
+    async def ended(self) -> None:
+        """Wait until it has ended and is not started again."""
+        assert self._keeper is not None
+        await asyncio.shield(self._keeper)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._killed = True
+        self._send(signal.SIGKILL)
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        self._send(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """SIGCONT."""
+        self._send(signal.SIGCONT)
+
+    def hold(self) -> None:
+        """Do not start it again for the time being."""
+        self._hold.clear()
+
+    def release(self) -> None:
+        """Start it again if it has ended."""
+        self._hold.set()
+
+    def _send(self, number: int) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    async def _keep(self) -> None:
+        while True:
+            await self._run()
+            if self._leaving or not self._lasting:
+                return
+            await asyncio.sleep(_RESTART_PAUSE_S)
+            await self._hold.wait()
+
+    async def _run(self) -> None:
+        self._killed = False
+        with self._log_path.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *self._argv,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=log,
+                cwd=ROOT,
+                env=self._env,
+                start_new_session=True,
+            )
+        process = self._process
+        self._pids.add(process.pid)
+        if self._leaving:
+            self.kill()
+        assert process.stdout is not None
+        was_ready = bool(await process.stdout.readline())
+        if was_ready:
+            self.ready.set()
+        code = await process.wait()
+        self.ready.clear()
+        by_us = self._killed or self._leaving
+        self.failures += was_ready and not by_us
+        self._exits.write(
+            node=self.name, pid=process.pid, at=time.monotonic(), code=code, ready=was_ready, by_us=by_us
+        )
+
+
+def agentflow(*arguments: str) -> list[str]:
+    """The command line of a node that ends with whoever started it."""
+    return [sys.executable, "-m", "agentflow_nodes", *arguments, "--supervised"]
