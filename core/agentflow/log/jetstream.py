@@ -65,6 +65,8 @@ _READ_TIMEOUT_S: Final = 5.0
 _ATTEMPT_TIMEOUT_S: Final = 2.0
 # What even a slow disk stores of a large batch.
 _BYTES_PER_S_MIN: Final = 10 * 1024 * 1024
+# Who was refused for long is told why, if that can be learnt soon.
+_WHY_TIMEOUT_S: Final = 1.0
 # A server that cannot reach the others takes no writes, and others may.
 _LEAVE_AFTER_S: Final = 3.0
 _PAUSE_S_FIRST: Final = 0.002
@@ -292,7 +294,7 @@ class JetStreamLog:
     async def _give_up(self, write: Write) -> Appended:
         if write.code == NO_RESPONDERS and not write.in_doubt:
             try:
-                await self.identity()
+                await stream_info(self._bus, self._stream, _WHY_TIMEOUT_S)
             except LogGone as gone:
                 return Refused(Reason.GONE, write.code, str(gone))
             except Disconnected as error:

@@ -15,6 +15,7 @@ KNOWN_ID_IN_BATCH: Final = 10201
 # Repeating must end while the server surely remembers the message ids.
 _REPEAT_S_MAX: Final = DUPLICATE_WINDOW_S - 20.0
 _TOO_MANY_REQUESTS: Final = 429
+_NO_QUORUM: Final = "the server is too busy, or cannot reach a majority of the servers that hold the log"
 _REASONS: Final = {
     10071: Reason.FENCED,
     10164: Reason.BUSY,  # another write under this fence is in flight (replicated streams)
@@ -72,7 +73,7 @@ class Write:
     def given_up(self) -> Appended:
         """The result when time has run out."""
         if self.in_doubt:
-            return Unknown(self.detail)
+            return Unknown(f"{self.detail}; {_NO_QUORUM}")
         return Refused(Reason.BUSY, self.code, self.detail)
 
 
