@@ -1,0 +1,1 @@
+"""Each defence switched off in turn, to see that a test misses it."""

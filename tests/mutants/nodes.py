@@ -1,0 +1,138 @@
+"""Defences of master and worker: who lives, who is deposed, what may run, and what is left behind."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from tests.mutants.mutant import Mutant
+
+_LEADER: Final = "nodes/agentflow_nodes/master/leader.py"
+_LIVENESS: Final = "nodes/agentflow_nodes/master/liveness.py"
+_PROCESSES: Final = "nodes/agentflow_nodes/worker/processes.py"
+_REAPER: Final = "nodes/agentflow_nodes/worker/reaper.py"
+_WORKER: Final = "nodes/agentflow_nodes/worker/node.py"
+
+
+def _liveness(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/unit/test_liveness.py::test_{name}" for name in names)
+
+
+def _processes(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/integration/test_processes.py::test_{name}" for name in names)
+
+
+NODES: Final = (
+    Mutant(
+        "connected but deaf passes for alive",
+        _LIVENESS,
+        "            elif self._is_deaf(",
+        "            elif worker is None and self._is_deaf(",
+        _liveness("one_that_beats_but_does_not_read_is_given_up"),
+        quick=True,
+    ),
+    Mutant(
+        "silence counts over our own absence",
+        _LIVENESS,
+        "        if not self._connected:\n            return []\n",
+        "",
+        _liveness("after_an_election_or_a_gap_everybody_has_a_full_time_to_live"),
+    ),
+    Mutant(
+        "a gap leaves no fresh time to live",
+        _LIVENESS,
+        "        self._fresh_at = self._clock()\n        self._unread.clear()\n",
+        "        self._unread.clear()\n",
+        _liveness("after_an_election_or_a_gap_everybody_has_a_full_time_to_live"),
+    ),
+    Mutant(
+        "heartbeats of dead incarnations count",
+        _LIVENESS,
+        "self._heard.setdefault((worker, beat.incarnation), _Heard(now, now))",
+        "self._heard.setdefault((worker, max((k[1] for k in self._heard), default=beat.incarnation)), _Heard(now, now))",
+        _liveness("a_heartbeat_of_an_earlier_incarnation_counts_nothing"),
+    ),
+    Mutant(
+        "a deposed leader goes on",
+        _LEADER,
+        "        if state.elected_seq != self._fence.seq:\n            return End.DEPOSED\n",
+        "",
+        ("tests/integration/test_master.py::TestDisturbances::test_an_election_by_a_stranger",),
+    ),
+    Mutant(
+        "a leader plans without what it has written",
+        _LEADER,
+        "        if state.seq < self._written_seq:\n            return await self._read_back()\n",
+        "",
+        ("tests/unit/test_reading_back.py",),
+    ),
+    Mutant(
+        "elections without compare-and-set",
+        _LEADER,
+        "appended = await self._log.append(frame, fence=Fence(subject, last_seq))",
+        "appended = await self._log.append(frame)",
+        ("tests/unit/test_reading_back.py",),
+    ),
+    Mutant(
+        "a worker runs what another incarnation was assigned",
+        _WORKER,
+        "        if assigned.incarnation != self._incarnation:\n            return\n",
+        "",
+        ("tests/integration/test_assignments.py::test_only_what_names_its_incarnation_runs",),
+    ),
+    Mutant(
+        "a suspect runs before its start is acknowledged",
+        _WORKER,
+        "            await self._writer.write([_started(run)])\n",
+        "            self._writer.say(_started(run))\n",
+        ("tests/integration/test_assignments.py::test_a_suspect_runs_once_its_start_is_acknowledged",),
+    ),
+    Mutant(
+        "only the first process of a run is killed",
+        _REAPER,
+        "        os.killpg(pgid, signum)\n",
+        "        os.kill(pgid, signum)\n",
+        _processes("a_child_that_ignores_term_dies_with_its_parent", "a_group_of_children_dies_whole"),
+    ),
+    Mutant(
+        "what left its group is not looked for",
+        _PROCESSES,
+        "return seen.session == self.pid or seen.token == self.token",
+        "return seen.session == self.pid",
+        _processes("what_escaped_its_group_is_found"),
+    ),
+    Mutant(
+        "nobody cleans up behind a killed worker",
+        _REAPER,
+        "    if not register.released:\n        reap(",
+        "    if register.released:\n        reap(",
+        _processes("a_killed_worker_leaves_nothing"),
+    ),
+    Mutant(
+        "daemons left behind are not swept",
+        _PROCESSES,
+        "return seen.token in tokens",
+        "return False",
+        _processes("a_daemon_left_behind_is_swept"),
+    ),
+    Mutant(
+        "what ignores SIGTERM lives",
+        _PROCESSES,
+        "            await self._dismiss(child, until)\n            kill_group(child.pid, signal.SIGKILL)\n            await self._census.sweep(child.owns)\n",
+        "            await self._dismiss(child, until)\n",
+        _processes("what_ignores_term_is_killed"),
+    ),
+    Mutant(
+        "our settings reach the tasks",
+        "nodes/agentflow_nodes/worker/attempts.py",
+        "for name, value in os.environ.items() if not name.startswith(_HIDDEN)",
+        "for name, value in os.environ.items()",
+        ("tests/integration/test_client.py::TestPrograms::test_our_own_settings_are_not_in_its_environment",),
+    ),
+    Mutant(
+        "the second of a name goes unnoticed",
+        _WORKER,
+        "            case WorkerJoined() if seq > self._incarnation and event.instance != self._instance:\n",
+        "            case WorkerJoined() if seq < 0:\n",
+        ("tests/integration/test_worker.py::test_the_second_of_a_name_replaces_the_first",),
+    ),
+)
