@@ -48,6 +48,9 @@ from agentflow_nodes.worker.slots import Slots
 _LEAVES: Final = "the worker leaves"
 _LEAVE_S: Final = 5.0
 """How long leaving waits for the log to take the last word."""
+_SENT_AFTER: Final = 3
+"""Turns of the event loop after which what was published is on its way: the keeper must not be told of a
+heartbeat that a task held back."""
 
 _log = get_logger(__name__)
 
@@ -256,12 +259,14 @@ class Worker:
         subject = wire.heartbeat(self.config.namespace, self.config.name)
         while True:
             beat = self._heartbeat()
-            if self._kept is not None:
-                self._kept.beat(beat)
             try:
                 self.bus.publish(subject, encode(beat))
             except OperatingError as error:
                 _log.debug("heartbeat not sent", error=str(error))
+            if self._kept is not None:
+                for _ in range(_SENT_AFTER):
+                    await asyncio.sleep(0)
+                self._kept.beat(beat)
             await asyncio.sleep(self.config.heartbeat_s)
 
     def _heartbeat(self) -> Heartbeat:
