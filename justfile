@@ -43,9 +43,17 @@ test-integration *arguments:
 test-acceptance *arguments:
     pytest tests/acceptance "$@"
 
+# Cut the power under a log on an ext4 image; needs root and loop devices
+power-loss *arguments:
+    pytest tests/acceptance/test_power_loss.py "$@"
+
 # Measure AgentFlow; the last line is one JSON object
 bench *arguments:
     python -m tests.bench.bench "$@"
+
+# Measure AgentFlow on three NATS servers, and what the death of one costs
+bench-r3 *arguments:
+    python -m tests.bench.bench_r3 "$@"
 
 # Measure other task queues and AgentFlow in the same run, in an environment of their own; needs redis-server
 bench-peers *arguments:

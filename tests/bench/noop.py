@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from typing import Protocol
 
 import uvloop
 
@@ -19,7 +20,20 @@ from tests.bench.app import noop
 from tests.bench.stack import Stack
 
 
-async def measure(stack: Stack, tasks: int) -> dict[str, float]:
+class Site(Protocol):
+    """A running cluster to measure."""
+
+    @property
+    def url(self) -> str:
+        """Where its servers listen."""
+        ...
+
+    def cpu_s(self) -> dict[str, float]:
+        """CPU seconds used so far, by process."""
+        ...
+
+
+async def measure(stack: Site, tasks: int) -> dict[str, float]:
     """Submit `tasks` no-op tasks and wait until the outcome of each is recorded and known."""
     async with agentflow.Client(stack.url, name="bench") as client:
         await (await client.submit(noop, 0)).result(30)

@@ -104,6 +104,7 @@ class EmbeddedServer:
         self._http_port = http_port
         self._restart_if_dies = restart_if_dies
         self._peer = peer
+        self._name = ""
         self._binary = Path()
         self._lock_fd: int | None = None
         self._run: Run | None = None
@@ -158,6 +159,11 @@ class EmbeddedServer:
         return self._port
 
     @property
+    def name(self) -> str:
+        """What it calls itself: random, and in a cluster the same over restarts."""
+        return self._name
+
+    @property
     def pid(self) -> int:
         """The server's process id; another one after a restart."""
         assert self._run is not None, "not entered"
@@ -193,7 +199,7 @@ class EmbeddedServer:
         """Start the server and wait until it is ready. Raises OperatingError."""
         assert self._lock_fd is not None, "the folder is not locked"
         began = asyncio.get_running_loop().time()
-        name = self._peer.name if self._peer is not None else f"embedded-{secrets.token_hex(8)}"
+        name = self._name = self._peer.name if self._peer is not None else f"embedded-{secrets.token_hex(8)}"
         with writing(self.data_dir):
             for stale in self.data_dir.glob("*.ports"):
                 stale.unlink(missing_ok=True)
