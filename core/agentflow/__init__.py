@@ -27,6 +27,9 @@ from agentflow.errors import (
     AppendUnknown,
     Disconnected,
     InvalidRequest,
+    LockLost,
+    LockNotHeld,
+    LockTimeout,
     LogGone,
     NonRetryable,
     ObjectMissing,
@@ -43,6 +46,7 @@ from agentflow.events import Needs, Retry
 
 if TYPE_CHECKING:
     from agentflow.client.files import WorkflowFile, load_workflow
+    from agentflow.client.locks import Held, Lock, LockHolder, LockInfo
 
 __version__ = "0.1.0"
 
@@ -55,7 +59,14 @@ __all__ = [
     "Disconnected",
     "Function",
     "Handle",
+    "Held",
     "InvalidRequest",
+    "Lock",
+    "LockHolder",
+    "LockInfo",
+    "LockLost",
+    "LockNotHeld",
+    "LockTimeout",
     "LogGone",
     "LoggedEvent",
     "Needs",
@@ -85,10 +96,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load what reads workflow files when it is asked for: many programs never do (PEP 562)."""
+    """Load what reads workflow files, and locks, when asked for: many programs never do (PEP 562)."""
     if name in {"WorkflowFile", "load_workflow"}:
         from agentflow.client import files  # noqa: PLC0415
 
         return getattr(files, name)
+    if name in {"Held", "Lock", "LockHolder", "LockInfo"}:
+        from agentflow.client import locks  # noqa: PLC0415
+
+        return getattr(locks, name)
     message = f"module {__name__!r} has no attribute {name!r}"
     raise AttributeError(message)

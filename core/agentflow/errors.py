@@ -14,6 +14,9 @@
         ├── AppendUnknown      a write's fate is not known yet
         ├── StreamMismatch     the stream exists with a configuration we do not expect
         ├── LogGone            the log was deleted, recreated or went backwards
+        ├── LockTimeout        the lock was not free within the time allowed
+        ├── LockLost           the lock is held no longer, though it was not released
+        ├── LockNotHeld        what only a lock's holder may do was asked by somebody else
         └── ObjectMissing      a large argument or result is not in the object store
 
 A bug is an `AssertionError`: it crashes loudly and is caught nowhere.
@@ -98,6 +101,27 @@ class StreamMismatch(OperatingError):
 
 class LogGone(OperatingError):
     """The log was deleted, recreated, purged under us, or went backwards."""
+
+
+class LockTimeout(OperatingError):
+    """The lock was not free within the time allowed; the contender has left the line."""
+
+
+class LockLost(OperatingError):
+    """A lock is held no longer, though it was not released: its time to live ran out, or it was taken away.
+
+    Whoever holds it now has a higher token than `token`.
+    """
+
+    def __init__(self, name: str, token: int, reason: str) -> None:
+        super().__init__(f"lock {name!r} (token {token}) was lost: {reason}")
+        self.name = name
+        self.token = token
+        self.reason = reason
+
+
+class LockNotHeld(OperatingError):
+    """What only a lock's holder may do (release, renew, extend) was asked without holding it."""
 
 
 class ObjectMissing(OperatingError):

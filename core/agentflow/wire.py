@@ -125,6 +125,21 @@ def lock_bucket(namespace: str) -> str:
     return f"AF_LOCKS_{namespace}"
 
 
+def lock_keys(name: str) -> str:
+    """The pattern of all tickets of one lock; "" of all locks."""
+    return f"{_lock_token(name)}.*" if name else "*.*"
+
+
+def lock_key(name: str, ticket: str) -> str:
+    """The key of one ticket of a lock."""
+    return f"{_lock_token(name)}.{ticket}"
+
+
+def _lock_token(name: str) -> str:
+    """A lock's name as a token of a key: as it is if it may be, else encoded behind a "="."""
+    return name if is_name(name) else "=" + base64.urlsafe_b64encode(name.encode()).decode().rstrip("=")
+
+
 def bucket_stream(bucket: str) -> str:
     """The JetStream stream behind a key-value bucket (ADR-8)."""
     return f"KV_{bucket}"

@@ -8,12 +8,13 @@ asks the leader, and reads the log.
 from __future__ import annotations
 
 import asyncio
+import fnmatch
 import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, ParamSpec, Self, TypeVar
 
 import msgspec
 from msgspec import structs
@@ -51,6 +52,7 @@ from agentflow.writer import FRAME_EVENTS_GOOD, Writer
 __all__ = ["DEFAULT_URL", "PATIENCE_S", "Client", "LoggedEvent", "logged_events"]
 
 if TYPE_CHECKING:
+    from agentflow.client.locks import Lock, LockInfo, Locks, OnLost
     from agentflow.client.shapes import WorkflowFile
     from agentflow.objects import ObjectStore
 
@@ -102,6 +104,14 @@ class Client:
 
         return ObjectStore(self.bus, self.namespace, replicas=self._stream.replicas)
 
+    @cached_property
+    def _locks(self) -> Locks:
+        """Acquires locks; loaded when there is one."""
+        from agentflow.locks.bucket import open_locks  # noqa: PLC0415 - most programs have none
+        from agentflow.locks.service import Locks  # noqa: PLC0415 - see above
+
+        return Locks(lambda: open_locks(self.bus, self.log), self._writer.write)
+
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.bus)
@@ -115,6 +125,8 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if "_locks" in self.__dict__:
+            await self._locks.close()
         await self._waiting.close()
         await self._stack.aclose()
 
@@ -283,6 +295,56 @@ class Client:
     async def outcomes(self, wanted: Sequence[str]) -> list[Outcome]:
         """How several tasks ended, in the order asked."""
         return list(await asyncio.gather(*(self.outcome_of(self.task(task_id)) for task_id in wanted)))
+
+    # Locks -----------------------------------------------------------------------------
+
+    def lock(  # noqa: PLR0913 - each is named at the call, and most are left out
+        self,
+        name: str,
+        *,
+        wait_s: float | None = None,
+        ttl_s: int = 10,
+        mode: Literal["exclusive", "shared", "semaphore"] = "exclusive",
+        permits: int = 1,
+        metadata: Mapping[str, str] | None = None,
+        on_lost: OnLost = "cancel",
+        holder: str = "",
+    ) -> Lock:
+        """A distributed lock: any text of 1 to 200 characters names one.
+
+        `wait_s`: how long entering waits in line, first come, first served (None: for ever;
+        0: not at all). `ttl_s`: whole seconds after which a holder that died has lost it; it is
+        renewed by itself at a third. `mode`: exclusive, shared (with other shared holders) or
+        semaphore (`permits` holders). `metadata` and `holder` are shown by `locks`. `on_lost`:
+        what happens when it is lost inside the `async with`: "cancel" the body, which raises
+        LockLost, "warn", or a callback.
+
+            async with client.lock("db-migrate", wait_s=5.0) as held:
+                await migrate(fencing_token=held.token)
+
+        Entering raises LockTimeout. Raises InvalidRequest for what cannot be meant.
+        """
+        from agentflow.client.locks import Lock, LockOptions  # noqa: PLC0415 - most programs have none
+
+        options = LockOptions(
+            wait_s=wait_s,
+            ttl_s=ttl_s,
+            mode=mode,
+            permits=permits,
+            metadata=metadata or {},
+            on_lost=on_lost,
+            holder=holder,
+        )
+        return Lock(self._locks, self.name, name, options)
+
+    async def locks(self, pattern: str = "*") -> list[LockInfo]:
+        """Locks that somebody holds or waits for; `pattern` is a shell pattern for their names."""
+        return [info for info in await self._locks.infos() if fnmatch.fnmatchcase(info.name, pattern)]
+
+    async def lock_info(self, name: str) -> LockInfo | None:
+        """Who holds a lock and who waits for it; None if nobody does."""
+        infos = await self._locks.infos(name)
+        return infos[0] if infos else None
 
     # Watching --------------------------------------------------------------------------
 

@@ -1,13 +1,20 @@
 """The JetStream bucket that leases are kept in: its configuration, and how a lease lies in it.
 
-Every write carries its time to live. `subject_delete_marker_ttl` stays off in buckets of our
-own: nothing is decided on the server's markers, each would be one more fsynced write for an
-expiry, and a waiter needs his own timer anyway, because a bucket that stalls tells nothing.
-A bucket that has it is taken as well.
+Every write carries its time to live. How the server lets go of a key that was not renewed
+differs. Without `subject_delete_marker_ttl` each replica forgets it by a clock of its own, so
+that one may know nothing of a ticket which another still lets renew: an answer "there is
+nobody" would be worth nothing, however new it is. With it, an expiry is a message in the
+stream, the same for all. So a bucket of ours has it as soon as it has replicas. On one server
+it would only be one more fsynced write: nothing is decided on the marker itself, and a waiter
+needs a timer of his own anyway, because a bucket that stalls tells nothing.
+
+A bucket found otherwise is taken as well; with replicas and without markers its leader alone
+is asked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from agentflow import wire
@@ -90,7 +97,14 @@ def bucket_config(bucket: str, *, replicas: int, first_seq: int) -> dict[str, An
         "allow_batched": False,
         "discard_new_per_subject": False,
     }
+    if replicas > 1:
+        config["subject_delete_marker_ttl"] = MARKER_TTL_S * 1_000_000_000
     return config | ({"first_seq": first_seq} if first_seq else {})
+
+
+def is_uniform(config: Mapping[str, Any]) -> bool:
+    """Whether all replicas of a bucket let go of the same keys at the same place in the stream."""
+    return config["num_replicas"] == 1 or bool(config.get("subject_delete_marker_ttl"))
 
 
 def is_removed(message: Message) -> bool:
@@ -107,7 +121,9 @@ def is_deleted(message: Message) -> bool:
 def change(bucket: str, message: Message, seen: float) -> Change:
     """What a message says of a lease."""
     key = wire.bucket_key(bucket, message.subject)
-    return Removed(key, message.seq) if is_removed(message) else entry(bucket, message, seen)
+    if is_removed(message):
+        return Removed(key, message.seq, expired=not is_deleted(message))
+    return entry(bucket, message, seen)
 
 
 def entry(bucket: str, message: Message, seen: float) -> Entry:

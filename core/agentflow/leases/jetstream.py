@@ -136,8 +136,14 @@ class JetStreamLeases:
 
     async def entries(self, pattern: str) -> Snapshot:
         """All leases under a pattern; see the port."""
+        config = self._open().config
         last = await read_last(
-            self._bus, self._stream, self._subject(pattern), self._acked, replicated=self._replicated
+            self._bus,
+            self._stream,
+            self._subject(pattern),
+            self._acked,
+            replicated=config["num_replicas"] > 1,
+            uniform=layout.is_uniform(config),
         )
         found = [self._entry(message) for message in last.messages if not layout.is_removed(message)]
         return Snapshot(last.revision, sorted(found, key=lambda entry: entry.epoch))
@@ -221,10 +227,6 @@ class JetStreamLeases:
 
     def _subject(self, key: str) -> str:
         return wire.bucket_subject(self._bucket, key)
-
-    @property
-    def _replicated(self) -> bool:
-        return bool(self._open().config["num_replicas"] > 1)
 
     def _open(self) -> StreamInfo:
         assert self._opened is not None, "the bucket was not entered"

@@ -71,6 +71,8 @@ class Removed(Struct, frozen=True):
 
     key: str
     revision: int
+    expired: bool = False
+    """The server let go of it: its holder fell silent, and nobody has taken it away by a write."""
 
 
 Change = Entry | Removed
@@ -88,7 +90,7 @@ class Snapshot(Struct, frozen=True):
 class Leases(Protocol):
     """A bucket of leases. An async context manager: entered means the bucket is there.
 
-    Keys are one or more tokens of A-Z a-z 0-9 _ - joined by dots. Patterns are keys in which
+    Keys are one or more tokens of A-Z a-z 0-9 _ - = joined by dots. Patterns are keys in which
     `*` stands for one token and a last `>` for one or more.
 
     All methods raise `Disconnected` if the outcome is not known.

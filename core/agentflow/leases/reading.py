@@ -3,7 +3,8 @@
 The quick way is one request to whichever replica hears it first, for the last message of each
 key (`multi_last`). It says up to which sequence it looked, and counts only if that is no
 older than a barrier: the last sequence of the bucket's leader, asked for before, or, with
-one replica only, what was acknowledged to us. What that way cannot answer (nothing found:
+one replica only, what was acknowledged to us. It is taken where all replicas let go of a
+silent key at the same place in the stream (see `bucket`). What that way cannot answer (nothing found:
 such an answer names no sequence; more keys than it takes; a replica that stays behind) the
 leader is asked itself, for the list of keys and each of them.
 """
@@ -54,8 +55,13 @@ class _Info(Struct, frozen=True):
     total: int = 0
 
 
-async def read_last(bus: Bus, stream: str, subject: str, acked: int, *, replicated: bool) -> Last:
-    """The last message of each subject under a pattern, no older than `acked`. Raises LogGone, Disconnected."""
+async def read_last(bus: Bus, stream: str, subject: str, acked: int, *, replicated: bool, uniform: bool) -> Last:
+    """The last message of each subject under a pattern, no older than `acked`. Raises LogGone, Disconnected.
+
+    `uniform`: whether all replicas let go of the same keys at the same place in the stream.
+    """
+    if not uniform:
+        return await _ask_leader(bus, stream, subject)
     barrier = acked
     if replicated:
         barrier = max(barrier, (await _info(bus, stream, {})).state.last_seq)

@@ -1,0 +1,148 @@
+"""Tickets, and who has to go before whom: no IO."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from agentflow.errors import InvalidRequest
+from agentflow.leases.port import Change, Entry, Removed, Snapshot
+
+
+class Mode(enum.StrEnum):
+    """Whom a holder tolerates beside him."""
+
+    EXCLUSIVE = "exclusive"
+    """Nobody."""
+    SHARED = "shared"
+    """Other shared holders."""
+    SEMAPHORE = "semaphore"
+    """As many as there are permits, himself included."""
+
+
+class Ticket(Struct, frozen=True, omit_defaults=True):
+    """What a contender writes under his key."""
+
+    name: str
+    """Of the lock."""
+    holder: str
+    client: str = ""
+    mode: Mode = Mode.EXCLUSIVE
+    permits: int = 1
+    since_ms: int = 0
+    """When he came, by his clock, ms since 1970 UTC."""
+    held_ms: int = 0
+    """When he found that the lock is his; 0 before, and until his next renewal."""
+    metadata: dict[str, str] = {}
+
+    def encoded(self) -> bytes:
+        """As it is written."""
+        return msgspec.json.encode(self)
+
+    def agrees_with(self, other: Ticket) -> bool:
+        """Whether the two can stand in one line."""
+        one, two = self.mode is Mode.SEMAPHORE, other.mode is Mode.SEMAPHORE
+        return one == two and (not one or self.permits == other.permits)
+
+    def in_words(self) -> str:
+        """For people: what is asked of the lock."""
+        if self.mode is Mode.SEMAPHORE:
+            return f"a semaphore with {self.permits} permit{'s' if self.permits != 1 else ''}"
+        return f"{self.mode} access"
+
+
+_decode: Final = msgspec.json.Decoder(Ticket).decode
+
+
+def read_ticket(value: bytes) -> Ticket:
+    """A ticket as written; what is none blocks everybody until it falls silent."""
+    try:
+        return _decode(value)
+    except msgspec.DecodeError:
+        return Ticket(name="", holder="")
+
+
+class Place(Struct, frozen=True):
+    """A ticket in the line."""
+
+    entry: Entry
+    ticket: Ticket
+
+    @property
+    def token(self) -> int:
+        """His place in line: lower is earlier."""
+        return self.entry.epoch
+
+
+class Line:
+    """The tickets of one lock, as one contender knows them."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, Place] = {}
+
+    def learn(self, snapshot: Snapshot) -> None:
+        """Take over what was read anew.
+
+        A ticket that is missing there is kept: it may only have expired, which is no
+        removal. A revision that is known keeps the time at which it was first seen.
+        """
+        for entry in snapshot.entries:
+            self.apply(entry)
+
+    def apply(self, change: Change) -> None:
+        """Take over one change."""
+        known = self._places.get(change.key)
+        if isinstance(change, Removed):
+            if not change.expired:
+                self._places.pop(change.key, None)
+        elif known is None or known.entry.revision < change.revision:
+            self._places[change.key] = Place(change, read_ticket(change.value))
+
+    def remove(self, key: str) -> None:
+        """Forget a ticket that was taken away."""
+        self._places.pop(key, None)
+
+    def place(self, key: str) -> Place | None:
+        """The place of a key."""
+        return self._places.get(key)
+
+    def places(self) -> list[Place]:
+        """All, in order."""
+        return sorted(self._places.values(), key=lambda place: place.token)
+
+    def before(self, key: str) -> list[Place]:
+        """Who has to be gone before the owner of `key` holds the lock; nobody: he does.
+
+        Of a semaphore's tickets all before his, if they leave no permit.
+        """
+        mine = self._places[key]
+        earlier = [place for place in self.places() if place.token < mine.token]
+        if mine.ticket.mode is Mode.SEMAPHORE:
+            return earlier if len(earlier) >= mine.ticket.permits else []
+        if mine.ticket.mode is Mode.SHARED:
+            return [place for place in earlier if place.ticket.mode is not Mode.SHARED]
+        return earlier
+
+    def require_agreement(self, key: str) -> None:
+        """Raise InvalidRequest if somebody earlier asks for another kind of lock under that name."""
+        mine = self._places[key]
+        for place in self.places():
+            if place.token < mine.token and place.ticket.name and not place.ticket.agrees_with(mine.ticket):
+                raise InvalidRequest(
+                    f"lock {mine.ticket.name!r}: {mine.ticket.in_words()} was asked for, but "
+                    f"{place.ticket.holder} uses it as {place.ticket.in_words()}"
+                )
+
+
+def in_lines(entries: Iterable[Entry]) -> dict[str, Line]:
+    """The lines of several locks, by the lock's name."""
+    lines: dict[str, Line] = {}
+    for entry in entries:
+        name = read_ticket(entry.value).name
+        if name:
+            lines.setdefault(name, Line()).apply(entry)
+    return lines
