@@ -29,11 +29,13 @@ from tests.unit.given import (
     NAMESPACE,
     Logged,
     Scene,
+    acquired,
     assigned,
     cancel_requested,
     completed,
     decides,
     declined,
+    drain_requested,
     draining,
     elected,
     failed,
@@ -43,7 +45,12 @@ from tests.unit.given import (
     given,
     joined,
     left,
+    lock_lost,
+    master_joined,
+    master_left,
+    opened,
     policy,
+    released,
     reprioritized,
     says,
     started,
@@ -75,14 +82,21 @@ class Expected(Struct, frozen=True):
     messages: int
     verdicts: dict[str, int]
     """How many events of each kind were judged how."""
+    level: int
     epoch: int
     leader: str
+    masters: dict[str, int]
+    """The level each knows."""
     open: dict[str, str]
     """State of open tasks."""
     closed: dict[str, str]
     """State in which tasks and workflows ended."""
     workers: dict[str, list[str]]
     """What each holds."""
+    locks: dict[str, list[int]]
+    """Tokens under which each is held."""
+    locked: dict[str, str]
+    """The task that runs under each lock."""
     answers: dict[str, str]
     """Rejections not answered yet, by position."""
 
@@ -214,6 +228,59 @@ def bad_input() -> Scene:
     return scene.given(completed("good"))
 
 
+def masters() -> Scene:
+    """A log that rises to level 2: what counts before and after, who may lead, and a drain."""
+    scene = given(elected(), joined("w1", slots=2), submitted("before"))
+    scene.given(master_joined("m1"), drain_requested("w1"), submitted("locked", lock="l"))
+    scene.write(wire.event(NAMESPACE, "task.submitted", "cli"), b'{"id":"unknown","shell":"true","lock":5}')
+    scene.lead()
+    scene.given(completed("before"), elected(master="m2", level=2))
+    scene.given(elected(master="m2"), master_joined("m1"), master_joined("m2"), master_joined("m3", level=1))
+    scene.write(wire.event(NAMESPACE, "master.joined", "m4"), b'{"instance":"of level 1","level":2}')
+    scene.write(
+        wire.event(NAMESPACE, "master.joined", "m5"), b'{"instance":"","level":2}', {wire.VERSION: "2"}
+    )
+    scene.after(3_000).given(elected(master="m3"), elected(master="m1", level=1), elected(master="m1"))
+    scene.given(joined("w2", level=2), drain_requested("w1", "maintenance"), drain_requested("w1"))
+    scene.given(drain_requested("w9")).after(5).lead()
+    scene.given(master_left("m3"), master_left("m3"), master_joined("m2", instance="anew"), master_left("m2"))
+    scene.given(draining("w1")).after(5).lead()
+    return scene.given(elected(master="m2"), left("w1"), elected(master="m2", level=3))
+
+
+def locks() -> Scene:
+    """Locks as their holders tell of them, and tasks that run under one."""
+    scene = given(elected(level=2), master_joined("m1"), opened(1), opened(1), opened(2, by="cli"))
+    scene.given(acquired("db", 11, "app", holder="migration", metadata={"by": "release"}))
+    scene.after(20).given(acquired("db", 12, "b"), released("db", 11, "app"), acquired("db", 11, "app"))
+    scene.given(acquired("report", 5, mode="shared"), acquired("report", 7, mode="shared"))
+    scene.given(lock_lost("report", 5, "b"), acquired("report", 6, mode="exclusive"))
+    scene.given(*(acquired("gpu", token, mode="semaphore", permits=2) for token in (3, 4)))
+    scene.given(lock_lost("gpu", 9), acquired("gpu", 9, mode="semaphore", permits=2))
+    for data in _NO_LOCKS:
+        scene.write(wire.event(NAMESPACE, "lock.acquired", "cli"), data, {wire.VERSION: "2"})
+    scene.given(joined("w1", slots=4), joined("w2", slots=4, level=2, cpu=1.0))
+    scene.given(submitted("a", lock="db"), submitted("b", lock="db", needs=events.Needs(cpu=0.5)))
+    scene.given(flow("f", {"x": [], "y": ["x"]}, lock="db", retry=_RETRY), submitted("free"))
+    scene.lead()
+    scene.given(completed("a")).lead()
+    scene.given(started("b"), assigned("f/x", to="w2"), failed("b")).lead()
+    scene.given(failed("f/x"), submitted("c", lock="db", priority="urgent")).lead()
+    scene.after(1_000).lead()
+    scene.carry_out(scene.plan(Silence("w2", scene.worker("w2").incarnation, "silent")))
+    scene.given(joined("w2", slots=4, level=2), opened(2)).lead()
+    return scene
+
+
+_NO_LOCKS: Final = [
+    b'{"name":"","token":1,"holder":"h"}',
+    b'{"name":"db","token":0,"holder":"h"}',
+    b'{"name":"db","token":1,"holder":"h","mode":"none"}',
+    b'{"name":"db","token":1,"holder":"h","mode":"semaphore","permits":0}',
+    b'{"name":"db","token":1,"holder":"h","ttl_s":0}',
+    b'{"name":"db","token":9223372036854775808,"holder":"h"}',
+    b'{"name":"db","token":1}',
+]
 _NO_FRAMES: Final = [
     b"",
     b"hello",
@@ -252,6 +319,8 @@ SCENES: Final[dict[str, Callable[[], Scene]]] = {
     "losses": losses,
     "waiting": waiting,
     "bad_input": bad_input,
+    "masters": masters,
+    "locks": locks,
 }
 
 
@@ -295,11 +364,15 @@ def expectation(messages: list[Logged]) -> Expected:
         digest=digest(state),
         messages=len(messages),
         verdicts=dict(sorted(verdicts.items())),
+        level=state.level,
         epoch=state.epoch,
         leader=state.leader,
+        masters={master.name: master.level for master in state.masters.values()},
         open={task.id: _words_of(task) for task in state.tasks.values()},
         closed={name: str(state.status(name)[0]) for name in closed},
         workers={worker.name: list(worker.held) for worker in state.workers.values()},
+        locks={name: list(holdings) for name, holdings in state.locks.items()},
+        locked=dict(state.lock_users),
         answers={f"{seq}-{index}": answer.reason for (seq, index), answer in state.answers.items()},
     )
 
