@@ -5,12 +5,13 @@ has been silent for a full time to live is evicted by compare-and-set, so that h
 renewal fails and everybody learns of the same death.
 
 Silence counts only over time in which our own renewals succeeded: when the bucket itself was
-out of reach, everybody gets a fresh, full time to live.
+out of reach, or is another one than before, everybody gets a fresh, full time to live.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -20,7 +21,7 @@ from msgspec import Struct
 
 from agentflow import wire
 from agentflow.ending import end_tasks
-from agentflow.errors import AgentFlowError
+from agentflow.errors import AgentFlowError, LogGone
 from agentflow.frames import encode
 from agentflow.leases.port import Change, Entry, Lease, Leases, Removed
 from agentflow.logs import get_logger
@@ -68,11 +69,17 @@ class Sessions:
         self._instance = own.instance
         self._key = wire.master_session(own.name)
         self._lease: Lease | None = None
-        self._leases: Leases | None = None
         self._others: dict[str, _Known] = {}
+        self._nonce = ""
+        """Under which we ask for our lease, until it is ours: then another."""
+        self._namesake = ""
         self._touched = asyncio.Event()
         self._moved = asyncio.Event()
-        self._renewed_at = float("-inf")
+        self._leaving = False
+        self._left = asyncio.Event()
+        self._answered_at = float("-inf")
+        """When the bucket last answered a write of ours, whatever it said."""
+        self._unanswered = False
         self._fresh_at = clock()
         self._seen_all = False
 
@@ -98,22 +105,21 @@ class Sessions:
                     await self._keep(leases)
             except AgentFlowError as error:
                 _log.warning("the bucket of leases is out of reach", error=str(error))
-            self._leases = None
             await asyncio.sleep(_REOPEN_S)
 
     async def leave(self) -> None:
         """Give our session back, so that others take over at once."""
-        leases, lease, self._lease = self._leases, self._lease, None
-        if leases is None or lease is None:
+        self._leaving = True
+        if self._lease is None:
             return
+        self._touched.set()
         try:
             async with asyncio.timeout(_RELEASE_S):
-                await leases.release(lease)
-        except (AgentFlowError, TimeoutError) as error:
-            _log.warning("the session was not given back", error=str(error) or "no answer")
+                await self._left.wait()
+        except TimeoutError:
+            _log.warning("the session was not given back in time")
 
     async def _keep(self, leases: Leases) -> None:
-        self._leases = leases
         tasks = [
             asyncio.create_task(self._renew(leases), name="session"),
             asyncio.create_task(self._watch(leases), name="session watch"),
@@ -130,13 +136,16 @@ class Sessions:
     # Our own ---------------------------------------------------------------------------
 
     async def _renew(self, leases: Leases) -> None:
-        while True:
+        while not self._leaving:
             self._touched.clear()
             wait_s = self._ttl_s / _RENEWALS
             try:
                 await self._write(leases)
+            except LogGone:
+                raise
             except AgentFlowError as error:
                 _log.warning("the session could not be renewed", error=str(error))
+                self._unanswered = True
                 wait_s = min(wait_s, _AGAIN_S)
             if self._lease is None:
                 wait_s = min(wait_s, _AGAIN_S)
@@ -145,31 +154,70 @@ class Sessions:
                     await self._touched.wait()
             except TimeoutError:
                 pass
+        await self._give_back(leases)
+        await asyncio.Event().wait()
+
+    async def _give_back(self, leases: Leases) -> None:
+        lease, self._lease = self._lease, None
+        try:
+            if lease is not None:
+                await leases.release(lease)
+        except AgentFlowError as error:
+            _log.warning("the session was not given back", error=str(error))
+        self._left.set()
 
     async def _write(self, leases: Leases) -> None:
         """Write our session once. A lease that could not be renewed is asked for anew."""
         value = encode(self._describe())
         lease = self._lease
-        if lease is not None:
-            self._lease = await leases.renew(lease, value)
+        renewed = await leases.renew(lease, value) if lease is not None else None
+        if renewed is None:
+            self._lease = None
+            self._nonce = self._nonce or secrets.token_hex(8)
+            renewed = await leases.acquire(self._key, value, self._ttl_s, nonce=self._nonce)
+        self._answered()
+        self._lease = renewed
         if self._lease is None:
-            self._lease = await leases.acquire(self._key, value, self._ttl_s)
-        if self._lease is None:
+            self._tell_namesake()
             return
-        now = self._clock()
-        if now - self._renewed_at > 2 * self._ttl_s / _RENEWALS:
-            self._fresh_at = now
-        self._renewed_at = now
+        self._nonce = self._namesake = ""
         if lease is None or lease.epoch != self._lease.epoch:
             _log.info("session acquired", key=self._key, epoch=self._lease.epoch)
             self._on_change()
+
+    def _answered(self) -> None:
+        """The bucket is within reach. If it was not, nobody could renew, for all we know."""
+        now = self._clock()
+        if self._unanswered or now - self._answered_at > self._gap_s:
+            self._fresh_at = now
+        self._unanswered = False
+        self._answered_at = now
+
+    @property
+    def _gap_s(self) -> float:
+        """Silence of the bucket towards us that is not usual."""
+        return 2 * self._ttl_s / _RENEWALS
+
+    def _tell_namesake(self) -> None:
+        """Somebody else has our name: one of before us that has not expired yet, or one that lives."""
+        known = self._others.get(self._key)
+        if known is not None and known.session.instance != self._namesake:
+            other = known.session
+            self._namesake = other.instance
+            _log.warning(
+                "another master has this name: we follow, and lead only when it is gone",
+                name=other.name,
+                host=other.host,
+                pid=other.pid,
+            )
 
     # The others' -----------------------------------------------------------------------
 
     async def _watch(self, leases: Leases) -> None:
         pattern = wire.master_session("*")
         snapshot = await leases.entries(pattern)
-        self._others.clear()
+        # Whom we knew and do not find may have lost his session with the bucket, like us.
+        self._fresh_at = self._clock()
         self._apply(snapshot.entries)
         self._seen_all = True
         self._on_change()
@@ -182,13 +230,11 @@ class Sessions:
             if isinstance(change, Removed):
                 self._others.pop(change.key, None)
                 continue
-            try:
-                session = _decode(change.value)
-            except msgspec.MsgspecError as error:
-                _log.warning("a session could not be read", key=change.key, error=str(error))
-                continue
+            session = _session(change)
             if session.instance != self._instance:
                 self._others[change.key] = _Known(session, change)
+            else:
+                self._others.pop(change.key, None)
         self._moved.set()
 
     async def _evict(self, leases: Leases) -> None:
@@ -215,8 +261,9 @@ class Sessions:
 
     async def _take(self, leases: Leases, known: _Known) -> None:
         key = known.entry.key
-        if self._lease is None and key != self._key:
-            # Without a session of our own we do not know whether it is the others who are silent.
+        deaf = self._unanswered or self._clock() - self._answered_at > self._gap_s
+        if deaf or (self._lease is None and key != self._key):
+            # We do not know whether it is the others who are silent.
             await asyncio.sleep(_AGAIN_S)
             return
         try:
@@ -228,8 +275,24 @@ class Sessions:
             await asyncio.sleep(_AGAIN_S)
             return
         _log.warning("master lost", master=known.session.name, led=known.session.led)
-        current = self._others.get(key)
-        if current is not None and current.entry.revision <= known.entry.revision:
+        if self._others.get(key) is known:
             del self._others[key]
         self._on_change()
         self._touched.set()
+
+
+def _session(entry: Entry) -> Session:
+    """The session in a lease; of one that says nothing sensible, a master that does nothing.
+
+    That one is evicted when it is silent, like any other.
+    """
+    name = entry.key.rpartition(".")[2]
+    try:
+        session = _decode(entry.value)
+    except msgspec.MsgspecError as error:
+        _log.warning("a session could not be read", key=entry.key, error=str(error))
+        return Session(name, "")
+    if session.name != name:
+        _log.warning("a session under another name", key=entry.key, name=session.name[:64])
+        return Session(name, "")
+    return session

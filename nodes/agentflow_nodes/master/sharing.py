@@ -69,32 +69,64 @@ class Session(Struct, frozen=True, omit_defaults=True):
 _LEADING = frozenset({Standing.LEADER, Standing.CANDIDATE})
 
 
-def leader_of(namespace: str, sessions: Sequence[Session]) -> str | None:
-    """Who says that it leads the namespace or is about to; None if nobody does."""
+def leader_of(namespace: str, sessions: Sequence[Session], elected: str = "", epoch: int = 0) -> str | None:
+    """Who leads the namespace or is about to; None if nobody does.
+
+    That is who says so, or else whom the log says was `elected` with `epoch`, as long as his
+    session is older than that.
+    """
     claims = [
         (session.seats[namespace].epoch, session.name) for session in sessions if namespace in session.led
     ]
-    return max(claims)[1] if claims else None
+    if claims:
+        return max(claims)[1]
+    known = next((session.seats.get(namespace) for session in sessions if session.name == elected), None)
+    return elected if known is not None and known.epoch < epoch else None
 
 
 def ranking(namespace: str, sessions: Sequence[Session]) -> list[str]:
     """The masters that could take over a namespace nobody leads, the one that should first."""
+    served = {name for session in sessions for name in session.seats}
+    loads = _loads(sessions, sorted(name for name in served if name < namespace))
+    return _ranked(namespace, sessions, loads)
+
+
+def handover(name: str, sessions: Sequence[Session]) -> tuple[str, str] | None:
+    """The namespace that a master should give away now, and to whom; None if none.
+
+    Of all that could give one away the one that leads most does, so that two do not at once.
+    """
+    loads = _loads(sessions, sorted({name for session in sessions for name in session.seats}))
+    for session in sorted(sessions, key=lambda each: (-loads[each.name], each.name)):
+        move = _move(session, sessions, loads)
+        if move is not None:
+            return move if session.name == name else None
+    return None
+
+
+def _loads(sessions: Sequence[Session], namespaces: Sequence[str]) -> dict[str, int]:
+    """How many each leads, with those of these namespaces that he will get because nobody leads them."""
     loads = {session.name: len(session.led) for session in sessions}
-    _assign_others(namespace, sessions, loads)
-    able = _able(namespace, sessions)
+    for namespace in namespaces:
+        if leader_of(namespace, sessions) is None:
+            for taker in _ranked(namespace, sessions, loads)[:1]:
+                loads[taker] += 1
+    return loads
+
+
+def _ranked(namespace: str, sessions: Sequence[Session], loads: Mapping[str, int]) -> list[str]:
     named = {session.seats[namespace].successor for session in sessions if namespace in session.seats}
+    able = _able(namespace, sessions)
     return sorted(able, key=lambda name: (name not in named, _rank(namespace, name, loads)))
 
 
-def _assign_others(namespace: str, sessions: Sequence[Session], loads: dict[str, int]) -> None:
-    """Count the namespaces without a leader that come before this one for those that will get them."""
-    served = {name for session in sessions for name in session.seats}
-    for other in sorted(served):
-        if other >= namespace:
-            return
-        able = _able(other, sessions)
-        if able and leader_of(other, sessions) is None:
-            loads[min(able, key=lambda name: _rank(other, name, loads))] += 1
+def _move(session: Session, sessions: Sequence[Session], loads: Mapping[str, int]) -> tuple[str, str] | None:
+    """What this master could give away to one that leads at least two fewer."""
+    for namespace in session.led:
+        able = [name for name in _able(namespace, sessions) if loads[name] + 2 <= loads[session.name]]
+        if able and session.stands(namespace, Standing.LEADER):
+            return namespace, min(able, key=lambda name: _rank(namespace, name, loads))
+    return None
 
 
 def _able(namespace: str, sessions: Sequence[Session]) -> list[str]:
@@ -103,16 +135,3 @@ def _able(namespace: str, sessions: Sequence[Session]) -> list[str]:
 
 def _rank(namespace: str, name: str, loads: Mapping[str, int]) -> tuple[int, int]:
     return loads[name], crc32(f"{namespace} {name}".encode())
-
-
-def handover(name: str, sessions: Sequence[Session]) -> tuple[str, str] | None:
-    """The namespace that a master should give away now, and to whom; None if none."""
-    loads = {session.name: len(session.led) for session in sessions}
-    if name not in loads or name != max(loads, key=lambda each: (loads[each], each)):
-        return None
-    own = next(session for session in sessions if session.name == name)
-    for namespace in own.led:
-        able = [each for each in _able(namespace, sessions) if loads[each] + 2 <= loads[name]]
-        if able and own.stands(namespace, Standing.LEADER):
-            return namespace, min(able, key=lambda each: _rank(namespace, each, loads))
-    return None
