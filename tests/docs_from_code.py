@@ -14,15 +14,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from agentflow import events, limits
+from agentflow import events, limits, wire
 from agentflow.domain import life
-from agentflow.events import KINDS, ROLES, Reason, Role
+from agentflow.events import KINDS, ROLES, SINCE, Reason, Role
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _REGION: Final = re.compile(r"(<!-- from the code: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _SHARED: Final = ("Work", "WorkflowTask", "Needs", "Retry", "ObjectRef", "Input", "Policy")
 """Structs that events are made of."""
 _ADDRESSED: Final = frozenset({"task.assigned", "task.stop"})
+_FIXED_ACTORS: Final = {"leader.elected": wire.ELECTED_ACTOR, "lock.opened": wire.LOCKS_ACTOR}
+_SPEAKERS: Final = {
+    Role.CLIENT: "client",
+    Role.LEADER: "master",
+    Role.MASTER: "master",
+    Role.WORKER: "worker",
+}
 _SAYS: Final = {
     Role.CLIENT: "Said by any client",
     Role.LEADER: "Decided by the leader",
@@ -92,8 +99,8 @@ def _default(value: ast.expr) -> str:
     text = ast.unparse(value)
     if text in {"None", "UNSET"}:
         return "absent"
-    if text == "LEVEL":
-        return f"`{limits.LEVEL}`"
+    if text in {"LEVEL", "LEVEL_FIRST"}:
+        return f"`{getattr(limits, text)}`"
     literal = ast.literal_eval(value)
     shown = {True: "true", False: "false"}.get(literal, text) if isinstance(literal, bool) else text
     return "`" + shown.replace("'", '"') + "`"
@@ -131,10 +138,20 @@ def _prose(name: str) -> str:
 
 
 def _subject(kind: str) -> str:
-    if kind == "leader.elected":
-        return f"af.<namespace>.{kind}.epoch"
-    speaker = {Role.CLIENT: "client", Role.LEADER: "master", Role.MASTER: "master", Role.WORKER: "worker"}[ROLES[kind]]
-    return f"af.<namespace>.{kind}.<{'worker spoken to' if kind in _ADDRESSED else speaker}>"
+    return f"af.<namespace>.{kind}.{_actor(kind)}"
+
+
+def _actor(kind: str) -> str:
+    if kind in _FIXED_ACTORS:
+        return _FIXED_ACTORS[kind]
+    return "<worker spoken to>" if kind in _ADDRESSED else f"<{_SPEAKERS[ROLES[kind]]}>"
+
+
+def _head(kind: str) -> str:
+    """The subject of a kind, and the level its messages must name."""
+    since = SINCE[kind]
+    level = "" if since == limits.LEVEL_FIRST else f", with `{wire.VERSION}: {since}`"
+    return f"`{_subject(kind)}`{level}\n"
 
 
 def events_text() -> str:
@@ -144,7 +161,7 @@ def events_text() -> str:
         parts.append(f"### {title}\n")
         for kind in (kind for kind in KINDS if ROLES[kind] is role):
             name = KINDS[kind].__name__
-            parts += [f"#### `{kind}`\n", f"`{_subject(kind)}`\n", _prose(name)]
+            parts += [f"#### `{kind}`\n", _head(kind), _prose(name)]
             base = KINDS[kind].__mro__[1].__name__
             if base in _SHARED:
                 parts.append(f"All fields of [{base}](#{base.lower()}), and:\n")
