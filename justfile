@@ -47,6 +47,10 @@ test-acceptance *arguments:
 power-loss *arguments:
     pytest tests/acceptance/test_power_loss.py "$@"
 
+# Faults on real processes while tasks run, then every invariant asked in SQL; the last line is one JSON object
+chaos *arguments:
+    python -m tests.chaos "$@"
+
 # Measure AgentFlow; the last line is one JSON object
 bench *arguments:
     python -m tests.bench.bench "$@"
@@ -54,6 +58,10 @@ bench *arguments:
 # Measure AgentFlow on three NATS servers, and what the death of one costs
 bench-r3 *arguments:
     python -m tests.bench.bench_r3 "$@"
+
+# Measure how long work stands still when a process is killed; the last line is one JSON object
+bench-failover *arguments:
+    python -m tests.bench.bench_failover "$@"
 
 # Measure other task queues and AgentFlow in the same run, in an environment of their own; needs redis-server
 bench-peers *arguments:

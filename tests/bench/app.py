@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import agentflow
 
 
@@ -15,3 +17,10 @@ async def noop(number: int) -> int:
 async def total(*numbers: int) -> int:
     """What a fan-in does."""
     return sum(numbers)
+
+
+@agentflow.task(name="bench.sleep")
+async def sleep(seconds: float) -> float:
+    """Take a while."""
+    await asyncio.sleep(seconds)
+    return seconds

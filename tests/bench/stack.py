@@ -21,8 +21,10 @@ ROOT: Final = Path(__file__).parents[2]
 class Stack:
     """nats-server (fsync on every write), a master and workers. An async context manager."""
 
-    def __init__(self, *, workers: int = 1, slots: int = 8) -> None:
+    def __init__(self, *, workers: int = 1, slots: int = 8, masters: int = 1, more: str = "{}") -> None:
         self.server = NatsServer()
+        self._masters = masters
+        self._more = more
         self._workers = workers
         self._slots = slots
         self.nodes: dict[str, asyncio.subprocess.Process] = {}
@@ -30,7 +32,8 @@ class Stack:
 
     async def __aenter__(self) -> Self:
         await self._stack.enter_async_context(self.server)
-        await self.start("master", "m1")
+        for number in range(1, self._masters + 1):
+            await self.start("master", f"m{number}", more=self._more)
         for number in range(1, self._workers + 1):
             await self.start("worker", f"w{number}", self._slots)
         return self
@@ -47,8 +50,8 @@ class Stack:
         """Where its server listens."""
         return self.server.url
 
-    async def start(self, role: str, name: str, slots: int = 8) -> None:
-        """Start a node and wait until it is ready."""
+    async def start(self, role: str, name: str, slots: int = 8, more: str = "{}") -> None:
+        """Start a node, with further fields of its configuration as JSON, and wait until it is ready."""
         node = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -57,6 +60,7 @@ class Stack:
             self.url,
             name,
             str(slots),
+            more,
             stdout=asyncio.subprocess.PIPE,
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -65,6 +69,12 @@ class Stack:
         assert node.stdout is not None
         line = await asyncio.wait_for(node.stdout.readline(), 60)
         assert line == b"ready\n", f"{name} did not become ready"
+
+    async def kill(self, name: str) -> None:
+        """End a node without warning (SIGKILL)."""
+        node = self.nodes.pop(name)
+        node.kill()
+        await node.wait()
 
     async def stop(self, name: str) -> None:
         """End a node in good order."""

@@ -13,7 +13,7 @@ from msgspec import UNSET, Raw
 from agentflow.domain import policies
 from agentflow.domain.life import State
 from agentflow.domain.state import APPLIED, SUPERSEDED, At, Kind, Namespace, Result, Task, Verdict, Worker
-from agentflow.domain.steps import back_off, dismiss, end, learn, lose, requeue, unassign
+from agentflow.domain.steps import back_off, dismiss, end, is_at_stake, learn, lose, requeue, unassign
 from agentflow.events import (
     Reason,
     TaskCompleted,
@@ -73,11 +73,15 @@ def worker_left(state: Namespace, event: WorkerLeft, at: At) -> Verdict:
 
 
 def task_started(state: Namespace, event: TaskStarted, at: At) -> Verdict:
-    """The worker has certainly begun the attempt."""
+    """The worker has certainly begun the attempt: if it dies now, that is known."""
     task = _held(state, event, at)
     if isinstance(task, Verdict):
         return task
     task.started = True
+    if task.suspect and not is_at_stake(state, task):
+        assert task.worker is not None
+        task.worker.suspects -= 1
+        task.suspect = False
     return APPLIED
 
 

@@ -18,6 +18,9 @@ from agentflow.domain.tasks import release_terms
 EXPECTATIONS_MAX: Final = 10_000
 """Functions and scripts whose run time is remembered."""
 
+SUSPECTS_CLEARED_SINCE: Final = 2
+"""The contract level from which on a suspect that has certainly begun is none any more."""
+
 TIMERS_MIN: Final = 1_024
 """Timers below this number are not worth cleaning up."""
 
@@ -74,8 +77,17 @@ def lose(state: Namespace, worker: Worker) -> None:
         if task.started:
             task.losses += 1
             state.struck[task.id] = task
-        task.suspect = True
+        task.suspect = not task.started or is_at_stake(state, task)
         requeue(state, task)
+
+
+def is_at_stake(state: Namespace, task: Task) -> bool:
+    """Whether the next loss would be its last: then it runs apart, lest it pay for another's.
+
+    At level 1 that was so from the first loss on, which let a lost worker's long tasks wait
+    for each other.
+    """
+    return state.level < SUSPECTS_CLEARED_SINCE or task.losses >= state.policy.losses_max - 1
 
 
 def dismiss(state: Namespace, worker: Worker) -> Sequence[Task]:

@@ -150,7 +150,7 @@ class JetStreamLeases:
 
     async def watch(self, pattern: str, after: int) -> AsyncGenerator[list[Change], None]:
         """What changes under a pattern after revision `after`; see the port."""
-        messages = follow(self._bus, self._open(), after, (self._subject(pattern),))
+        messages = follow(self._bus, self._open(), after, (self._subject(pattern),), compacted=True)
         async with contextlib.aclosing(messages):
             async for batch in messages:
                 seen = self._clock()

@@ -41,10 +41,19 @@ _log = get_logger(__name__)
 
 
 async def follow(
-    bus: Bus, opened: StreamInfo, after: int, subjects: Sequence[str] = (), *, headers_only: bool = False
+    bus: Bus,
+    opened: StreamInfo,
+    after: int,
+    subjects: Sequence[str] = (),
+    *,
+    headers_only: bool = False,
+    compacted: bool = False,
 ) -> AsyncGenerator[list[Message], None]:
-    """Yield what is stored after sequence `after`, in lists, for ever. Raises LogGone."""
-    reader = _Reader(bus, opened, after, tuple(subjects), headers_only=headers_only)
+    """Yield what is stored after sequence `after`, in lists, for ever. Raises LogGone.
+
+    A `compacted` stream keeps the last message of each subject only: that its first ones go is its way.
+    """
+    reader = _Reader(bus, opened, after, tuple(subjects), headers_only=headers_only, compacted=compacted)
     try:
         while True:
             await reader.wait()
@@ -59,12 +68,20 @@ class _Reader:
     """What has arrived and was not taken, and the consumer it comes from."""
 
     def __init__(
-        self, bus: Bus, opened: StreamInfo, after: int, subjects: tuple[str, ...], *, headers_only: bool
+        self,
+        bus: Bus,
+        opened: StreamInfo,
+        after: int,
+        subjects: tuple[str, ...],
+        *,
+        headers_only: bool,
+        compacted: bool,
     ) -> None:
         self._bus = bus
         self._opened = opened.identity
         self._subjects = subjects
         self._headers_only = headers_only
+        self._compacted = compacted
         self._last_seq = after
         self._started_after = after
         self._first_seq = 0
@@ -133,6 +150,8 @@ class _Reader:
         cut_off = found.last_seq > seen and found.first_seq > seen + 1
         if cut_off and not self._subjects:
             raise LogGone(_cut_off(found, seen + 1))
+        if self._compacted:
+            return
         # What lies before the place where reading began may be trimmed, once it is not needed any more.
         needed = max(self._first_seq, self._started_after + 1)
         if self._first_seq and found.first_seq > needed:
