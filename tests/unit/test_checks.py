@@ -14,7 +14,9 @@ from agentflow.limits import (
     FUNCTIONS_MAX,
     INTEGER_MAX,
     LABELS_MAX,
+    LOCK_NAME_LENGTH_MAX,
     NON_RETRYABLE_MAX,
+    PERMITS_MAX,
     PRIORITIES,
     SCRIPT_LENGTH_MAX,
     SECONDS_MAX,
@@ -49,6 +51,14 @@ def flow(**terms: Any) -> events.WorkflowSubmitted:
 def joined(**terms: Any) -> events.WorkerJoined:
     known: dict[str, Any] = {"instance": "i", "slots": 1}
     return events.WorkerJoined(**(known | terms))
+
+
+def acquired(**terms: Any) -> events.LockAcquired:
+    known: dict[str, Any] = {"name": "l", "token": 1, "holder": "h"}
+    return events.LockAcquired(**(known | terms))
+
+
+NAME: Final = "x" * LOCK_NAME_LENGTH_MAX
 
 
 def nested(depth: int) -> Any:
@@ -93,6 +103,20 @@ GOOD: Final[list[Event]] = [
     events.PolicyChanged(policy=events.Policy(version=10**9 - 1, ageing_per_s=0.0, ahead_ms=0, decline_ms=0)),
     events.EventRejected(seq=1, index=-1, client="c", reason="r"),
     events.TaskStop(id="a", attempt=1, incarnation=1),
+    submitted(lock=NAME),
+    flow(lock="any text: ä / *"),
+    events.WorkerDrainRequested(worker="w1", reason="r" * TEXT_LENGTH_MAX),
+    events.LockOpened(generation=1),
+    acquired(),
+    acquired(name=NAME, token=INTEGER_MAX, holder="h" * TEXT_LENGTH_MAX, mode="shared"),
+    acquired(mode="semaphore", permits=PERMITS_MAX, ttl_s=86_400),
+    acquired(metadata={"k": "v" * (TEXT_LENGTH_MAX - 1)}),
+    acquired(metadata={str(n): "" for n in range(LABELS_MAX)}),
+    events.LockReleased(name=NAME, token=1),
+    events.LockLost(name="any text: ä / *", token=1, holder="h", reason="r" * TEXT_LENGTH_MAX),
+    events.MasterJoined(instance="i"),
+    events.MasterJoined(instance="i" * TEXT_LENGTH_MAX, level=99, host="h" * TEXT_LENGTH_MAX, pid=1),
+    events.MasterLeft(instance="i" * TEXT_LENGTH_MAX),
 ]
 
 
@@ -128,6 +152,7 @@ BAD_WORK: Final[list[dict[str, Any]]] = [
     {"env": {"": 1}},
     {"env": {"A=B": 1}},
     {"title": LONG},
+    {"lock": NAME + "x"},
     {"function": LONG},
     {"priority": -1},
     {"priority": 1001},
@@ -236,6 +261,38 @@ BAD_OTHERS: Final[list[Event]] = [
     events.PolicyChanged(policy=events.Policy(version=0)),
     events.PolicyChanged(policy=events.Policy(version=10**9)),
     events.EventRejected(seq=0, index=0, client="c", reason="r"),
+    events.WorkerDrainRequested(worker=""),
+    events.WorkerDrainRequested(worker="w 1"),
+    events.WorkerDrainRequested(worker="*"),
+    events.WorkerDrainRequested(worker="w1", reason=LONG),
+    events.LockOpened(generation=0),
+    acquired(name=""),
+    acquired(name=NAME + "x"),
+    acquired(token=0),
+    acquired(token=-1),
+    acquired(holder=LONG),
+    acquired(mode="none"),
+    acquired(mode="Exclusive"),
+    acquired(permits=0),
+    acquired(permits=PERMITS_MAX + 1),
+    acquired(ttl_s=0),
+    acquired(ttl_s=86_401),
+    acquired(metadata={"k": "v" * TEXT_LENGTH_MAX}),
+    acquired(metadata={"k": "v" * 3_000, "l": "v" * 3_000}),
+    acquired(metadata={str(n): "" for n in range(LABELS_MAX + 1)}),
+    events.LockReleased(name="", token=1),
+    events.LockReleased(name="l", token=0),
+    events.LockReleased(name="l", token=1, holder=LONG),
+    events.LockLost(name=NAME + "x", token=1),
+    events.LockLost(name="l", token=0),
+    events.LockLost(name="l", token=1, holder=LONG),
+    events.LockLost(name="l", token=1, reason=LONG),
+    events.MasterJoined(instance=""),
+    events.MasterJoined(instance=LONG),
+    events.MasterJoined(instance="i", level=0),
+    events.MasterJoined(instance="i", host=LONG),
+    events.MasterLeft(instance=""),
+    events.MasterLeft(instance=LONG),
 ]
 
 
