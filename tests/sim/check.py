@@ -140,11 +140,19 @@ class _Audit:
             if isinstance(item, TaskAssigned) and verdict.kind is Kind.SUPERSEDED:
                 self.repeated[item.id, item.attempt, item.incarnation] = message.seq
             if judged.kind in _SUBMISSIONS:
-                self.submitted[item.id].append((message.seq, verdict.kind))
+                self.submitted[getattr(item, "id", "")].append((message.seq, verdict.kind))
             if verdict is APPLIED and not isinstance(item, Bad):
                 if where.epoch:
                     self.must(where.epoch == self.model.epoch, Check.LEADER, message.seq)
-                self.model.take(item, where)
+                self._follow(item, where)
+
+    def _follow(self, event: Event, where: Where) -> None:
+        try:
+            self.model.take(event, where)
+        except LookupError as error:
+            self.must(False, Check.KNOWN, where.seq, event, repr(error))
+        else:
+            self.must(True, Check.KNOWN)
 
     def _check_decision(self, message: Message, judged: Judged, decision: Decision) -> None:
         stale = decision.epoch != self.model.epoch
@@ -174,7 +182,6 @@ class _Audit:
         intended = {intent.id for intent in self.evidence.intents}
         for name in self.submitted:
             self.must(name in intended, Check.NOWHERE, name)
-        refused_only = {each.id for each in self.evidence.intents if each.fate == "refused"}
         for intent in self.evidence.intents:
             stored = self.submitted.get(intent.id, [])
             if intent.fate == "ok":
@@ -182,8 +189,9 @@ class _Audit:
                 self.must(held, Check.STORED, intent.id, intent.seq)
                 kinds = {kind for _, kind in stored}
                 self.must(kinds & {Kind.APPLIED, Kind.REJECTED}, Check.COUNTS, intent.id)
-        for name in refused_only - {each.id for each in self.evidence.intents if each.fate != "refused"}:
-            self.must(name not in self.submitted, Check.REFUSED, name)
+            if intent.refused_seq:
+                early = [seq for seq, _ in stored if seq <= intent.refused_seq]
+                self.must(not early, Check.REFUSED, intent.id, early)
 
     def compare_effects(self) -> None:
         """What ran, and what the log says might."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from msgspec import Struct
 
@@ -46,6 +46,8 @@ class Intent(Struct):
     """ok, refused, unknown; "intended" if the client died over it."""
     seq: int = 0
     """Of the message that holds it, if ok."""
+    refused_seq: int = 0
+    """Where the log ended when it was refused, nothing having been unknown before."""
 
 
 class SimClient:
@@ -101,17 +103,20 @@ class SimClient:
         self._remember([f"{flow_id}/{task.task_id}" for task in tasks[:3]])
 
     def _flow_task(self, name: str, needed: list[str]) -> WorkflowTask:
-        kwargs = {"given": {"$result": self._chance.choice(needed)}} if needed else {}
+        asks = needed and self._chance.random() < 0.5
+        kwargs = {"given": {"$result": self._chance.choice(needed)}} if asks else {}
         return WorkflowTask(
             task_id=name, dependencies=needed, args=[self._body(flow=True)], kwargs=kwargs, **self._terms()
         )
 
     def _body(self, *, flow: bool = False) -> Body:
         chance = self._chance.random()
-        if chance < 0.75:
+        if chance < 0.72:
             return Body(run_us=self._chance.choice((0, 0, 200, 2_000, 5_000)))
-        if chance < 0.90:
-            return Body(run_us=int(self._chance.expovariate(1 / 0.2) * 1e6) % 8_000_000)
+        if chance < 0.84:
+            return Body(run_us=int(self._chance.expovariate(1 / 0.2) * 1e6))
+        if chance < 0.88:
+            return Body(run_us=self._chance.randint(1_000_000, 9_000_000))
         if chance < 0.998 or flow:
             return Body(
                 run_us=self._chance.choice((0, 1_000, 150_000)),
@@ -120,7 +125,7 @@ class SimClient:
             )
         return Body(kills=True)
 
-    def _terms(self) -> dict[str, object]:
+    def _terms(self) -> dict[str, Any]:
         chance = self._chance
         needs = (None,) * 8 + (Needs(cpu=0.7), Needs(memory_mb=300), Needs(gpus=1), Needs(group="blue"))
         retries = (None, None, Retry(max_attempts=3, backoff_s=0.2), Retry(max_attempts=4, backoff_s=1.0))
@@ -144,15 +149,21 @@ class SimClient:
         for _ in range(_REPEATS_MAX):
             fate, seq = await self._write(events)
             for _, intent in said:
-                # What was unknown once stays so: a refusal speaks of the last attempt only.
-                if fate == "ok" or intent.fate != "unknown":
-                    intent.fate, intent.seq = fate, seq
+                self._note(intent, fate, seq)
             if fate == "ok":
                 break
             await asyncio.sleep(self._chance.uniform(0.1, 2))
         if self._chance.random() < 0.05:
             self._cluster.counts["submitted_again"] += len(events)
             await self._write(events)
+
+    def _note(self, intent: Intent, fate: str, seq: int) -> None:
+        """What was unknown once stays so until it is ok: a refusal speaks of the last attempt only."""
+        if fate != "ok" and intent.fate == "unknown":
+            return
+        intent.fate, intent.seq = fate, seq
+        if fate == "refused":
+            intent.refused_seq = self._cluster.network.stream.last_seq
 
     async def _write(self, events: Sequence[Event]) -> tuple[str, int]:
         try:
@@ -173,7 +184,8 @@ class SimClient:
         if self._flows and self._chance.random() < 0.2:
             await self._write([WorkflowCancelRequested(id=self._chance.choice(self._flows))])
         elif self._known:
-            wanted = self._chance.sample(self._known, min(len(self._known), self._chance.choice((1, 2, 20))))
+            latest = self._known[-60:]
+            wanted = self._chance.sample(latest, min(len(latest), self._chance.choice((1, 2, 20))))
             await self._write([TaskCancelRequested(id=each) for each in wanted])
 
     async def _reprioritize(self) -> None:

