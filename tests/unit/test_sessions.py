@@ -12,7 +12,7 @@ from agentflow.frames import encode
 from agentflow.leases.memory import Fault, MemoryLeases, MemoryLeaseServer
 from agentflow_nodes.master.sessions import Sessions
 from agentflow_nodes.master.sharing import SeatReport, Session, Standing
-from tests.sim.loop import SimLoop
+from tests.sim.loop import new_loop
 
 TTL_S = 3
 BUCKET = wire.LEASE_BUCKET
@@ -113,7 +113,7 @@ def simulated(scenario: Callable[[World], Awaitable[None]]) -> Callable[[], None
             await end_tasks(*(master.task for master in world.masters))
 
     def test() -> None:
-        loop = SimLoop(random.Random(1))
+        loop = new_loop(random.Random(1))
         loop.run(run())
         assert not loop.errors
 
