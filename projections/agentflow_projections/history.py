@@ -37,6 +37,7 @@ from agentflow.events import (
     TaskSubmitted,
     Work,
     WorkerDraining,
+    WorkerDrainRequested,
     WorkerJoined,
     WorkerLeft,
     WorkerLost,
@@ -46,7 +47,7 @@ from agentflow.events import (
     WorkflowTask,
 )
 from agentflow.frames import Judged, judge
-from agentflow.limits import FOLD_BYTES_MAX
+from agentflow.limits import FOLD_BYTES_MAX, LEVEL_FIRST
 from agentflow.log.port import Log, Message
 
 REFUSED_MAX: Final = 10_000
@@ -196,6 +197,8 @@ class WorkerRow(Struct, kw_only=True):
     functions: list[str]
     host: str
     pid: int
+    level: int = LEVEL_FIRST
+    """The highest contract level it lets be used."""
     joined_ms: int
     ended_ms: int = 0
     reason: str = ""
@@ -354,6 +357,8 @@ class _Step:
                 self._cancel_requested(event)
             case WorkerJoined() | WorkerDraining() | WorkerLeft() | WorkerLost():
                 self._worker(event, before)
+            case WorkerDrainRequested():
+                self._refresh_worker(event.worker)
             case TaskCancelled() | TaskQuarantined():
                 self._given_up(event)
             case _:
@@ -551,6 +556,7 @@ class _Step:
             functions=list(event.functions),
             host=event.host,
             pid=event.pid,
+            level=event.level,
             joined_ms=self.history.now_ms,
             live=self.state.workers.get(self.actor),
         )

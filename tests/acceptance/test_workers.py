@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +14,13 @@ import psutil
 import pytest
 
 import agentflow
+from agentflow.events import Policy, TaskSubmitted
+from agentflow.limits import LEVEL
 from agentflow_nodes.worker.keeper import goes_on
-from tests.app import add, whoami
+from tests.app import add, wait_for_file, whoami
 from tests.cluster import Audit, Cluster, Process, audit
 from tests.eventually import eventually
-from tests.hard import hold_async, hold_in_thread, journal, match_wildly
+from tests.hard import hold_async, hold_in_thread, journal, kill_worker, match_wildly
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -183,3 +189,184 @@ class TestDeaf:
         assert [event.worker for event in lost if event is not None] == ["deaf"]  # type: ignore[union-attr]
         proxy.heal()
         await _rejoined(client, "deaf")
+
+
+class Cli:
+    """The command line against a cluster."""
+
+    def __init__(self, url: str) -> None:
+        self._env = {**os.environ, "AGENTFLOW_NATS_URL": url}
+
+    async def start(self, *arguments: str) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "agentflow_nodes", *arguments),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=self._env,
+        )
+
+    async def run(self, *arguments: str, status: int = 0) -> tuple[str, str]:
+        """Its output and its complaints."""
+        process = await self.start(*arguments)
+        out, err = await asyncio.wait_for(process.communicate(), SOON_S)
+        assert process.returncode == status, (out, err)
+        return out.decode(), err.decode()
+
+    async def json(self, *arguments: str) -> list[dict[str, Any]]:
+        out, _ = await self.run(*arguments, "--json")
+        return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.fixture
+def cli(cluster: Cluster) -> Cli:
+    return Cli(cluster.url)
+
+
+class TestSeen:
+    """What `agentflow workers` says of them."""
+
+    async def test_each_state_a_worker_can_be_in(self, cluster: Cluster, cli: Cli, tmp_path: Path) -> None:
+        await cluster.leader(worker_ttl_s=TTL_S)
+        client = await cluster.client()
+        worker = await _worker(cluster, "w1")
+
+        async def seen(*states: str) -> dict[str, Any]:
+            async def now() -> dict[str, Any] | None:
+                (row,) = await cli.json("workers")
+                return row if row["state"] in states else None
+
+            return await eventually(now, within_s=SOON_S)
+
+        row = await seen("active")
+        assert (row["slots"], row["running"], row["queued"], row["level"]) == (2, 0, 0, LEVEL)
+        assert 0 <= row["heartbeat_age_ms"] < 1_000 * TTL_S
+        slow = [await client.submit(wait_for_file, str(tmp_path / "go")) for _ in range(2)]
+        row = await seen("busy")
+        assert (row["running"], row["queued"], row["ended"]) == (2, 0, None)
+        (tmp_path / "go").touch()
+        for each in slow:
+            await each.result(SOON_S)
+        held = await client.submit(hold_in_thread, 2 * TTL_S)
+        row = await seen("stalled")
+        assert row["stalled"]
+        await held.result(SOON_S)
+        again = await client.submit(wait_for_file, str(tmp_path / "again"))
+        await _said(client, "task.started", id=again.id)
+        await cli.run("drain", "w1")
+        await seen("draining")
+        (tmp_path / "again").touch()
+        assert await worker.ended() == 0
+        row = await seen("offline")
+        assert row["ended"] == "left"
+        text, _ = await cli.run("workers")
+        assert "offline (left)" in text
+
+    async def test_one_that_was_lost_is_offline(self, cluster: Cluster, cli: Cli) -> None:
+        await cluster.leader(worker_ttl_s=1.5)
+        client = await cluster.client()
+        worker = await _worker(cluster, "w1")
+        await worker.kill()
+        await _said(client, "worker.lost", worker="w1")
+        (row,) = await cli.json("workers")
+        assert (row["state"], row["ended"]) == ("offline", "lost")
+        assert row["reason"].startswith("no heartbeat")
+
+
+class TestDrained:
+    async def test_it_finishes_hands_back_and_ends(self, cluster: Cluster, cli: Cli, tmp_path: Path) -> None:
+        await cluster.leader(worker_ttl_s=TTL_S)
+        client = await cluster.client()
+        drained = await _worker(cluster, "drained", "--drain-s", "0.1")
+        running = [await client.submit(wait_for_file, str(tmp_path / "go")) for _ in range(2)]
+        for each in running:
+            await _said(client, "task.started", id=each.id)
+        draining = await cli.start("drain", "drained", "--wait", "--reason", "new kernel")
+        await _said(client, "worker.draining")
+        await _worker(cluster, "stays")
+        assert (await (await client.submit(whoami)).result(SOON_S))["worker"] == "stays"
+        assert drained.running
+        assert draining.returncode is None
+        (tmp_path / "go").touch()
+        out, err = await asyncio.wait_for(draining.communicate(), SOON_S)
+        assert (draining.returncode, out.decode()) == (0, "drained has left\n")
+        assert "drained still runs 2" in err.decode()
+        assert await drained.ended() == 0
+        found = await audit(client)
+        for each in running:
+            assert found.about(each.id).count("task.assigned") == 1, "it had the time it took"
+            assert await each.result(SOON_S) == "seen"
+        asked: Any = found.of_kind("worker.drain_requested")[0].event
+        assert (asked.worker, asked.reason) == ("drained", "new kernel")
+        assert not found.of_kind("worker.lost")
+
+    async def test_who_is_not_there_cannot_be_drained(self, cluster: Cluster, cli: Cli) -> None:
+        await cluster.leader()
+        client = await cluster.client()
+        worker = await _worker(cluster, "w1")
+        _, err = await cli.run("drain", "nobody", status=3)
+        assert "no worker is called 'nobody'; 'agentflow workers' lists them" in err
+        await cli.run("drain", "w1", "--wait")
+        assert await worker.ended() == 0
+        _, err = await cli.run("drain", "w1", status=3)
+        assert "it left" in err
+        assert len((await audit(client)).of_kind("worker.drain_requested")) == 1
+
+
+class TestQuarantine:
+    async def _kill_until_given_up(
+        self, cluster: Cluster, client: agentflow.Client, task_id: str, folder: Path, lives: int
+    ) -> None:
+        for attempt in range(1, lives + 1):
+            worker = await _worker(cluster, f"w{attempt}")
+            await _said(client, "task.started", id=task_id, attempt=attempt)
+            (folder / f"kill.{attempt}").touch()
+            await worker.ended()
+            await _said(client, "worker.lost", worker=f"w{attempt}")
+        await _said(client, "task.quarantined", id=task_id)
+
+    async def test_a_task_that_kills_is_given_up_and_can_be_handed_over_again(
+        self, cluster: Cluster, cli: Cli, tmp_path: Path
+    ) -> None:
+        await cluster.leader(worker_ttl_s=1.5, policy=Policy(losses_max=2))
+        client = await cluster.client()
+        killer = await client.submit_task(
+            TaskSubmitted(function="kill_worker", args=[str(tmp_path), 2], title="Deadly")
+        )
+        harmless = await client.shell("true", id="harmless")
+        await self._kill_until_given_up(cluster, client, killer.id, tmp_path, 2)
+        (listed,) = await cli.json("quarantine")
+        assert (listed["id"], listed["workers_lost"]) == (killer.id, ["w1", "w2"])
+        assert listed["runs"] == {"kind": "function", "what": "kill_worker"}
+        (shown,) = await cli.json("quarantine", "show", killer.id)
+        assert shown["submission"]["args"] == [str(tmp_path), 2]
+        assert [each["outcome"] for each in shown["attempts"]] == ["lost", "lost"]
+        text, _ = await cli.run("quarantine", "show", killer.id)
+        assert "2 workers were lost while they ran it" in text
+        await _worker(cluster, "w3")
+        await harmless.outcome(SOON_S)
+        _, err = await cli.run("quarantine", "requeue", killer.id, "harmless", status=5)
+        assert "harmless is completed, not quarantined" in err
+        await cli.run("quarantine", "requeue", "nobody", status=3)
+        (requeued,) = await cli.json("quarantine", "requeue", "--all")
+        assert requeued["id"] == killer.id
+        assert await client.task(requeued["requeued_as"]).result(SOON_S) == "w3"
+        (task,) = await cli.json("task", requeued["requeued_as"])
+        assert task["title"] == f"Deadly (requeued from {killer.id})"
+        assert (await cli.json("quarantine"))[0]["requeued_as"] == [requeued["requeued_as"]]
+        assert await cli.json("quarantine", "requeue", "--all") == []
+
+    async def test_a_workflows_task_takes_the_results_it_was_given_along(
+        self, cluster: Cluster, cli: Cli, tmp_path: Path
+    ) -> None:
+        await cluster.leader(worker_ttl_s=1.5, policy=Policy(losses_max=1))
+        client = await cluster.client()
+        flow = agentflow.Workflow(id="flow")
+        flow.add(kill_worker, flow.shell("where", f"echo {tmp_path}"), 1)
+        await client.submit_workflow(flow)
+        await self._kill_until_given_up(cluster, client, "flow/kill_worker", tmp_path, 1)
+        await _worker(cluster, "heir")
+        out, _ = await cli.run("quarantine", "requeue", "flow/kill_worker")
+        old, _, new = out.split()
+        assert old == "flow/kill_worker"
+        assert await client.task(new).result(SOON_S) == "heir"

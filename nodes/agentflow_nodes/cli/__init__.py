@@ -42,12 +42,18 @@ COMMANDS: Final = (
     _Entry("master", "master", RUN, "Start a master: it leads the namespace, or stands by."),
     _Entry("worker", "worker", RUN, "Start a worker: it runs tasks."),
     _Entry("submit", "submit", CHANGE, "Hand over a task or a workflow."),
+    _Entry("lock", "locks", RUN, "Run a command while holding a lock."),
     _Entry("cancel", "requests", CHANGE, "Ask for a task or workflow to be stopped."),
     _Entry("reprioritize", "requests", CHANGE, "Give a waiting task another priority."),
+    _Entry("drain", "drain", CHANGE, "Ask a worker to finish what it runs, and leave."),
+    _Entry(
+        "quarantine", "quarantine", CHANGE, "Show tasks given up for killing workers; hand them over again."
+    ),
     _Entry("task", "tasks", ASK, "Show one task: its state, attempts, output and result."),
     _Entry("tasks", "tasks", ASK, "List tasks, the latest last."),
     _Entry("workflow", "workflows", ASK, "Show one workflow as a tree of its tasks."),
     _Entry("workers", "workers", ASK, "List the workers: slots, load, what they have done."),
+    _Entry("locks", "locks", ASK, "List the locks: who holds them, who waits, who held them."),
     _Entry("queue", "queue", ASK, "Show what waits, how long, and what fits no worker."),
     _Entry("events", "events", ASK, "Show the events of the log, or follow them."),
     _Entry("schema", "schema", ASK, "Print the contract: every event as JSON Schema."),

@@ -44,7 +44,10 @@ STYLES: Final = {
     "skipped": "bright_black",
     "cancelled": "magenta",
     "active": "green",
+    "busy": "cyan",
     "draining": "yellow",
+    "stalled": "magenta",
+    "offline": "red",
     "lost": "red",
     "left": "bright_black",
 }

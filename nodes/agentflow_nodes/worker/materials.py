@@ -64,7 +64,7 @@ async def gather(log: Log, objects: ObjectStore, assigned: TaskAssigned) -> Mate
     """Fetch and put in place. Raises ObjectMissing, Disconnected, BadInput."""
     found = inline(assigned)
     if assigned.seq:
-        work = await _submitted(log, assigned)
+        work = await submission(log, assigned.id, assigned.seq, assigned.index)
         found = Materials(work.args, work.kwargs, work.argv, work.env)
     if assigned.object is not None:
         given = _decoded_object(await objects.get(assigned.object), assigned.object)
@@ -103,16 +103,17 @@ async def _item(log: Log, seq: int, index: int) -> Any:
     return items[index]
 
 
-async def _submitted(log: Log, assigned: TaskAssigned) -> Work:
-    item = await _item(log, assigned.seq, assigned.index)
+async def submission(log: Log, task_id: str, seq: int, index: int) -> Work:
+    """What was submitted for a task at a position. Raises ObjectMissing if it is not there."""
+    item = await _item(log, seq, index)
     if isinstance(item, TaskSubmitted):
         return item
     if isinstance(item, WorkflowSubmitted | WorkflowPart):
-        wanted = assigned.id.rpartition(TASK_SEPARATOR)[2]
+        wanted = task_id.rpartition(TASK_SEPARATOR)[2]
         for task in item.tasks:
             if task.task_id == wanted:
                 return task
-    raise ObjectMissing(f"the submission of {assigned.id} is not at {assigned.seq}, {assigned.index}")
+    raise ObjectMissing(f"the submission of {task_id} is not at {seq}, {index}")
 
 
 async def _result(log: Log, objects: ObjectStore, given: Input) -> Any:
