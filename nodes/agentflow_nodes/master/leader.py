@@ -101,6 +101,11 @@ class Leader:
         self.deposed = False
         self._accepting: bool | None = None  # what the policy has to say, if it must change
 
+    @property
+    def wrote(self) -> bool:
+        """Whether it could write anything after its election."""
+        return self._written_seq > self.elected_seq
+
     def end(self, why: End) -> None:
         """End the term in good order: after the write that is under way, if one is."""
         self._end = self._end or why
@@ -117,24 +122,25 @@ class Leader:
         self._replicas = (await self._log.identity()).replicas
         last = await self._log.last(subject)
         last_seq = last.seq if last is not None else 0
-        await self._folded(last_seq)
+        await self._read_up_to(last_seq)
         known_seq = self._follower.state.elected_seq
         if known_seq > last_seq and await self._log.read(known_seq) is None:
             raise LogGone(
                 f"the last election, message {known_seq}, is not in the log any more: was it purged?"
             )
-        if after is not None and self._follower.state.elected_seq > after:
+        state = self._follower.state
+        # An election of our own of which we did not hear is no successor.
+        if after is not None and state.elected_seq > after and state.leader != self._name:
             self.deposed = True
             return False
-        epoch = self._follower.state.epoch + 1
+        epoch = state.epoch + 1
         data = encode([LeaderElected(epoch=epoch, master=self._name, level=level)])
         frame = Frame(subject, data, self._new_msg_id())
         appended = await self._log.append(frame, fence=Fence(subject, last_seq))
         if not isinstance(appended, Done):
             _log.info("not elected", master=self._name, epoch=epoch, why=appended.detail)
             return False
-        await self._folded(appended.seq)
-        state = self._follower.state
+        await self._read_up_to(appended.seq)
         self._fence = Fence(subject, appended.seq)
         self._written_seq = self.elected_seq = appended.seq
         self.leading = state.epoch == epoch and state.elected_seq == appended.seq
@@ -187,10 +193,9 @@ class Leader:
 
     async def _read_back(self) -> End | None:
         try:
-            async with asyncio.timeout(self._patience_s):
-                await self._folded(self._written_seq)
-        except TimeoutError:
-            _log.warning("what was written is not read back", written=self._written_seq)
+            await self._read_up_to(self._written_seq)
+        except OperatingError as error:
+            _log.warning("what was written is not read back", error=str(error))
             return End.STUCK
         return None
 
@@ -346,6 +351,16 @@ class Leader:
                 _log.warning("the log's fill level changed", share=round(share, 3), accepting=not accepting)
                 self._accepting = not accepting
                 self.wake()
+
+    async def _read_up_to(self, seq: int) -> None:
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await self._folded(seq)
+        except TimeoutError as error:
+            read = self._follower.state.seq
+            raise OperatingError(
+                f"message {seq} is not read within {self._patience_s} s, only {read}"
+            ) from error
 
     async def _folded(self, seq: int) -> None:
         """Wait until everything up to `seq` is folded."""

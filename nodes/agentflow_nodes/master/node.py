@@ -18,7 +18,7 @@ from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.domain.state import Ended
 from agentflow.ending import end_tasks
-from agentflow.errors import LogGone, OperatingError
+from agentflow.errors import LogGone, OperatingError, StreamMismatch
 from agentflow.leases.jetstream import JetStreamLeases
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.stream import stream_names
@@ -56,6 +56,8 @@ class Master:
         self._tasks: dict[asyncio.Task[None], str] = {}
         self._done: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
         self._stack = AsyncExitStack()
+        self._leaving = False
+        self._unfit: set[str] = set()
 
     async def __aenter__(self) -> Self:
         gc.set_threshold(*_GC_THRESHOLD)
@@ -77,6 +79,7 @@ class Master:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leaving = True
         await asyncio.gather(*(seat.leave() for seat in self.seats.values()))
         await self._sessions.leave()
         await self._stack.aclose()
@@ -107,9 +110,9 @@ class Master:
 
     # Seats -----------------------------------------------------------------------------
 
-    async def _take_seat(self, namespace: str) -> None:
+    async def _take_seat(self, namespace: str, *, create: bool = True) -> None:
         config = self.config
-        log = JetStreamLog(self.bus, namespace, replicas=config.replicas)
+        log = JetStreamLog(self.bus, namespace, replicas=config.replicas, create=create)
         await log.__aenter__()  # nothing to release: the bus is ours
         seat = Seat(log, config, self._instance, self._sessions, partial(self._tell, namespace))
         await seat.liveness.listen(self.bus)
@@ -158,7 +161,12 @@ class Master:
             host=socket.gethostname(),
             pid=os.getpid(),
             started_ms=self._started_ms,
-            seats={namespace: seat.report() for namespace, seat in self.seats.items()},
+            # Who leaves is asked for nothing any more.
+            seats={
+                namespace: seat.report()
+                for namespace, seat in self.seats.items()
+                if seat.leading or not self._leaving
+            },
         )
 
     async def _balance(self) -> None:
@@ -183,9 +191,18 @@ class Master:
     async def _discover_once(self) -> None:
         for name in await stream_names(self.bus, _NAMES_TIMEOUT_S):
             namespace = wire.parse_stream(name)
-            if namespace is not None and namespace not in self.seats:
-                _log.info("namespace found", namespace=namespace)
-                await self._take_seat(namespace)
+            if namespace is None or namespace in self.seats or namespace in self._unfit:
+                continue
+            try:
+                await self._take_seat(namespace, create=False)
+            except LogGone:  # in the meantime
+                continue
+            except StreamMismatch as error:
+                self._unfit.add(namespace)
+                _log.warning("not a log of ours: this namespace is not served", error=str(error))
+                continue
+            _log.info("namespace found", namespace=namespace)
+            self._sessions.touch()
 
     # Tasks -----------------------------------------------------------------------------
 

@@ -92,6 +92,7 @@ class Seat:
         self._level_rose = asyncio.Event()
         self._registering = asyncio.Lock()
         self._registered = False
+        self._leaving = False
 
     @property
     def leading(self) -> bool:
@@ -132,13 +133,12 @@ class Seat:
 
     async def run(self) -> None:
         """Follow, and lead when it is our turn."""
-        self._target_seq = (await self._log.identity()).last_seq
-        self._note_caught_up()
         following = asyncio.create_task(self.follower.run(), name=f"follower {self.namespace}")
         standing = asyncio.create_task(self._stand(), name=f"seat {self.namespace}")
         registering = asyncio.create_task(self._keep_registered(), name=f"registration {self.namespace}")
         tasks = (following, standing, registering)
         try:
+            await self._find_target()
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:  # the follower's error says most
                 if task in done:
@@ -148,12 +148,14 @@ class Seat:
 
     async def leave(self) -> None:
         """Step down and say so, so that others take over at once."""
+        self._leaving = True
         try:
             async with asyncio.timeout(_LEAVE_TIMEOUT_S):
                 if self._leader is not None:
                     self._leader.end(End.RETIRED)
-                    await self._vacant.wait()
+                await self._vacant.wait()
                 if self._registered:
+                    self._registered = False
                     await self._say(MasterLeft(instance=self._instance))
         except (OperatingError, TimeoutError) as error:
             _log.info("left without saying so", namespace=self.namespace, error=str(error) or "no answer")
@@ -171,6 +173,18 @@ class Seat:
         if state.level != self._level_seen:
             self._level_seen = state.level
             self._level_rose.set()
+
+    async def _find_target(self) -> None:
+        """Learn how far the log goes, as soon as somebody can say."""
+        while self._target_seq is None:
+            try:
+                self._target_seq = (await self._log.identity()).last_seq
+            except LogGone:
+                raise
+            except OperatingError as error:
+                _log.warning("how far the log goes is not known", namespace=self.namespace, error=str(error))
+                await asyncio.sleep(_LOOK_S)
+        self._note_caught_up()
 
     def _note_caught_up(self) -> None:
         target = self._target_seq
@@ -197,8 +211,9 @@ class Seat:
 
     def _until_turn_s(self) -> float:
         """Seconds until it is our turn, as far as is known now; 0 or less: it is."""
-        sessions = self._sessions.alive()
-        if not self._sessions.held or leader_of(self.namespace, sessions) is not None:
+        sessions, state = self._sessions.alive(), self.follower.state
+        waits = self._leaving or not self._sessions.held
+        if waits or leader_of(self.namespace, sessions, state.leader, state.epoch) is not None:
             self._orphan_since = None
             self._successor = ""
             return _LOOK_S
@@ -210,12 +225,14 @@ class Seat:
             return _LOOK_S
         place = order.index(self._config.name)
         seqs = [session.seats[self.namespace].seq for session in sessions if self.namespace in session.seats]
-        lag = max(seqs) - self.follower.state.seq
+        lag = max(seqs) - state.seq
         wait_s = place * _TURN_S + min(_LAG_S_MAX, max(0, lag) / _LAG_EVENTS_PER_S)
         return max(self._orphan_since + wait_s, self._not_before) - now
 
     def _level(self) -> int:
         """The contract level that can be put in force: the highest that every living master knows."""
+        if not self._sessions.held:  # who lives is not known
+            return self.follower.state.level
         sessions = self._sessions.alive()
         levels = [session.level for session in sessions if self.namespace in session.seats]
         return max(min([*levels, self._config.level]), self.follower.state.level)
@@ -240,31 +257,38 @@ class Seat:
             self._not_before = self._clock() + self._config.lease_ttl_s
 
     async def _lead(self) -> End:
+        """Lead, one term after the other, until one ends for good or nothing can be written any more."""
         last_term = self.follower.state.elected_seq
-        leader = None
-        give_up_at = self._clock() + 2 * self._config.lease_ttl_s
-        while True:
-            if leader is not None:
-                await asyncio.sleep(_ELECT_PAUSE_S)
+        patience_s = 2 * self._config.lease_ttl_s
+        give_up_at = self._clock() + patience_s
+        while not self._leaving:
+            begun = self._clock()
             leader = self._leader = self._new_leader()
-            try:
-                await self._register()
-                if await leader.elect(level=self._level(), after=last_term):
-                    last_term = leader.elected_seq
-                    self._sessions.touch()
-                    self._look_again()
-                    end = await leader.lead()
-                    if end in _OVER:
-                        return end
-                    give_up_at = self._clock() + 2 * self._config.lease_ttl_s
-                elif leader.deposed:
-                    return End.DEPOSED
-            except LogGone:
-                raise
-            except OperatingError as error:
-                _log.warning("the term could not be held", namespace=self.namespace, error=str(error))
-            if self._clock() > give_up_at:
+            end = await self._term(leader, last_term)
+            if end in _OVER:
+                return end
+            last_term = max(last_term, leader.elected_seq)
+            now = self._clock()
+            if leader.wrote or (leader.elected_seq and now - begun > patience_s):
+                give_up_at = now + patience_s
+            elif now > give_up_at:
+                _log.warning("giving up: nothing can be written", namespace=self.namespace)
                 return End.STUCK
+            await asyncio.sleep(_ELECT_PAUSE_S)
+        return End.RETIRED
+
+    async def _term(self, leader: Leader, last_term: int) -> End:
+        try:
+            await self._register()
+            if await leader.elect(level=self._level(), after=last_term):
+                self._sessions.touch()
+                self._look_again()
+                return await leader.lead()
+        except LogGone:
+            raise
+        except OperatingError as error:
+            _log.warning("the term could not be held", namespace=self.namespace, error=str(error))
+        return End.DEPOSED if leader.deposed else End.DOUBT
 
     def _new_leader(self) -> Leader:
         return Leader(
