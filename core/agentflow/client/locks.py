@@ -187,6 +187,9 @@ def _require_sound(name: str, options: LockOptions) -> None:
         raise InvalidRequest(f"permits={options.permits} is for mode='semaphore', not {options.mode!r}")
     if options.ttl_s != int(options.ttl_s):
         raise InvalidRequest(f"ttl_s={options.ttl_s}: whole seconds are expected")
+    for key, value in options.metadata.items():
+        if not (isinstance(key, str) and isinstance(value, str)):
+            raise InvalidRequest(f"metadata must be texts by text, found {key!r}: {value!r}")
     event = LockAcquired(
         name=name,
         token=1,

@@ -34,15 +34,14 @@ _OPEN_TIMEOUT_S: Final = 10.0
 _NAME_IN_USE: Final = 10058
 # What a write that is not ours, without a time to live, is waited for.
 _TTL_S_UNKNOWN: Final = 60
-_TOLERATED: Final = ("subject_delete_marker_ttl", "first_seq")
+_TOLERATED: Final = ("subject_delete_marker_ttl", "first_seq", "metadata")
 
 
-async def open_bucket(bus: Bus, bucket: str, *, replicas: int, first_seq: int, create: bool) -> StreamInfo:
+async def open_bucket(bus: Bus, config: dict[str, Any], *, create: bool) -> StreamInfo:
     """Describe the bucket, creating it if it is missing and `create` is set, and check it.
 
     Raises StreamMismatch naming every difference, LogGone if it is missing, Disconnected.
     """
-    config = bucket_config(bucket, replicas=replicas, first_seq=first_seq)
     try:
         info = await stream_info(bus, config["name"], _OPEN_TIMEOUT_S)
     except LogGone:
@@ -65,9 +64,11 @@ async def _create(bus: Bus, config: dict[str, Any]) -> StreamInfo:
         raise OperatingError(f"cannot create stream {name}: {failed}") from failed
 
 
-def bucket_config(bucket: str, *, replicas: int, first_seq: int) -> dict[str, Any]:
+def bucket_config(
+    bucket: str, *, replicas: int, first_seq: int, metadata: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The configuration of a bucket of leases, whose revisions begin at `first_seq`."""
-    config = {
+    config: dict[str, Any] = {
         "name": wire.bucket_stream(bucket),
         "subjects": [wire.bucket_subject(bucket, ">")],
         "storage": "file",
@@ -97,6 +98,8 @@ def bucket_config(bucket: str, *, replicas: int, first_seq: int) -> dict[str, An
         "allow_batched": False,
         "discard_new_per_subject": False,
     }
+    if metadata:
+        config["metadata"] = dict(metadata)
     if replicas > 1:
         config["subject_delete_marker_ttl"] = MARKER_TTL_S * 1_000_000_000
     return config | ({"first_seq": first_seq} if first_seq else {})

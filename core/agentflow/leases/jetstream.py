@@ -13,7 +13,7 @@ import contextlib
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from types import TracebackType
 from typing import Final, Self
 
@@ -29,7 +29,7 @@ from agentflow.log.follow import follow
 from agentflow.log.port import Message
 from agentflow.log.publisher import NOT_PERMITTED, Ack, ApiError, PubAck, Publisher
 from agentflow.log.stored import msg_id_of
-from agentflow.log.stream import StreamInfo, get_message
+from agentflow.log.stream import StreamInfo, get_message, parse_time_ns
 
 _ANSWER_TIMEOUT_S: Final = 2.0
 _ATTEMPTS_MAX: Final = 5
@@ -40,7 +40,7 @@ class JetStreamLeases:
     """See `agentflow.leases.port.Leases`.
 
     Entering creates the bucket if it is missing and `create` is set, with revisions from
-    `first_seq` on. Raises StreamMismatch, LogGone, Disconnected.
+    `first_seq` on and with `metadata` for whoever opens it. Raises StreamMismatch, LogGone, Disconnected.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class JetStreamLeases:
         replicas: int = 1,
         first_seq: int = 0,
         create: bool = True,
+        metadata: Mapping[str, str] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._bus = bus
         self._bucket = bucket
         self._stream = wire.bucket_stream(bucket)
-        self._replicas = replicas
-        self._first_seq = first_seq
+        self._config = layout.bucket_config(bucket, replicas=replicas, first_seq=first_seq, metadata=metadata)
         self._create = create
         self._clock = clock
         self._publisher = Publisher(bus)
@@ -65,13 +65,7 @@ class JetStreamLeases:
         self._acked = 0
 
     async def __aenter__(self) -> Self:
-        self._opened = await layout.open_bucket(
-            self._bus,
-            self._bucket,
-            replicas=self._replicas,
-            first_seq=self._first_seq,
-            create=self._create,
-        )
+        self._opened = await layout.open_bucket(self._bus, self._config, create=self._create)
         return self
 
     async def __aexit__(
@@ -84,6 +78,18 @@ class JetStreamLeases:
         """The revision at which the bucket began when it was created."""
         found: int = self._open().config.get("first_seq", 0)
         return found
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What whoever created the bucket left for those who open it."""
+        found: dict[str, str] = self._open().config.get("metadata", {})
+        return found
+
+    @property
+    def age_s(self) -> float:
+        """How old the bucket was when it was opened, by the server's clock."""
+        opened = self._open()
+        return max((parse_time_ns(opened.ts) - parse_time_ns(opened.created)) / 1e9, 0.0)
 
     async def acquire(self, key: str, value: bytes, ttl_s: int, *, nonce: str | None = None) -> Lease | None:
         """Take the lease, or None if somebody holds it; see the port."""

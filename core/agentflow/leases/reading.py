@@ -55,7 +55,9 @@ class _Info(Struct, frozen=True):
     total: int = 0
 
 
-async def read_last(bus: Bus, stream: str, subject: str, acked: int, *, replicated: bool, uniform: bool) -> Last:
+async def read_last(
+    bus: Bus, stream: str, subject: str, acked: int, *, replicated: bool, uniform: bool
+) -> Last:
     """The last message of each subject under a pattern, no older than `acked`. Raises LogGone, Disconnected.
 
     `uniform`: whether all replicas let go of the same keys at the same place in the stream.

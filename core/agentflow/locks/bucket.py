@@ -6,6 +6,11 @@ compare-and-set on one exact subject, and its revisions begin at generation * 2*
 wrote a generation creates its bucket, or deletes the one in its way; the others wait for it,
 and after a while write the next. A bucket older than the log says (one that came back from
 the dead) is not used.
+
+Who held a lock in a bucket that was lost may not know it yet. So whoever makes one again looks
+in the log for the longest time to live of those who held one before, and leaves it with the
+bucket: until that has passed since its creation, nobody is granted anything. (Who has
+extended his beyond what the log says of it is protected by his token alone.)
 """
 
 from __future__ import annotations
@@ -13,14 +18,19 @@ from __future__ import annotations
 import asyncio
 import random
 import secrets
+import time
+from collections.abc import Callable
 from typing import Final
+
+from msgspec import Struct
 
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.errors import AppendRefused, AppendUnknown, Disconnected, LogGone, OperatingError
-from agentflow.events import LockOpened
+from agentflow.events import LockAcquired, LockOpened
 from agentflow.frames import encode, judge, level_headers
 from agentflow.leases.jetstream import JetStreamLeases
+from agentflow.leases.port import Leases
 from agentflow.log.port import Done, Fence, Frame, Log, Message, Reason, Refused
 from agentflow.log.stream import NO_STREAM, ApiFailed, ask
 from agentflow.logs import get_logger
@@ -32,11 +42,26 @@ _ATTEMPTS_MAX: Final = 10
 _PATIENCE_S: Final = 5.0
 _LOOK_EVERY_S: Final = 0.05
 _API_TIMEOUT_S: Final = 10.0
+# In the bucket's metadata: how long after its creation nobody is granted anything, in seconds.
+_QUIET: Final = "af-quiet-s"
 
 _log = get_logger(__name__)
 
 
-async def open_locks(bus: Bus, log: Log) -> JetStreamLeases:
+class Opened(Struct, frozen=True):
+    """An open bucket of locks."""
+
+    leases: Leases
+    generation: int
+    granting_from: float
+    """On the monotonic clock: before, nobody holds a lock of it."""
+
+    def has(self, token: int) -> bool:
+        """Whether a token was given by this bucket."""
+        return token >> GENERATION_BITS == self.generation
+
+
+async def open_locks(bus: Bus, log: Log, *, clock: Callable[[], float] = time.monotonic) -> Opened:
     """The namespace's bucket of locks, created if there is none, on as many servers as the log.
 
     Raises OperatingError.
@@ -45,7 +70,8 @@ async def open_locks(bus: Bus, log: Log) -> JetStreamLeases:
     for _ in range(_ATTEMPTS_MAX):
         leases = await opening.attempt()
         if leases is not None:
-            return leases
+            quiet_s = int(leases.metadata.get(_QUIET, "0")) - leases.age_s
+            return Opened(leases, generation_of(leases), clock() + max(quiet_s, 0.0))
     raise Disconnected(f"the bucket of locks was not opened in {_ATTEMPTS_MAX} attempts")
 
 
@@ -71,9 +97,11 @@ class _Opening:
             0 if last is None else await self._highest(last.seq),
             0 if found is None else generation_of(found),
         )
-        if not await self._say(highest + 1, 0 if last is None else last.seq):
+        after = 0 if last is None else last.seq
+        seq = await self._say(highest + 1, after)
+        if seq is None:
             return None
-        return await self._create(highest + 1)
+        return await self._create(highest + 1, await self._longest_ttl_s(after, seq) if highest else 0)
 
     async def _find(self) -> JetStreamLeases | None:
         leases = JetStreamLeases(self._bus, self._bucket, replicas=self._replicas, create=False)
@@ -102,8 +130,20 @@ class _Opening:
                 break
         return highest
 
-    async def _say(self, generation: int, after: int) -> bool:
-        """Write a generation, if nobody wrote there since `after`."""
+    async def _longest_ttl_s(self, after: int, until: int) -> int:
+        """The longest time to live of those who acquired a lock before message `until`."""
+        acquired = wire.event(self._log.namespace, LockAcquired.kind, "*")
+        longest = 0
+        async for messages in self._log.follow(after, subjects=(acquired, self._subject)):
+            for message in messages:
+                said = judge(message.subject, message.data, message.headers).items
+                longest = max([longest, *(each.ttl_s for each in said if isinstance(each, LockAcquired))])
+            if messages[-1].seq >= until:
+                break
+        return longest
+
+    async def _say(self, generation: int, after: int) -> int | None:
+        """Write a generation, if nobody wrote there since `after`; its sequence in the log."""
         if generation > _GENERATION_MAX:
             raise OperatingError(f"generation {generation} of the bucket of locks: tokens end at 2**53")
         event = LockOpened(generation=generation)
@@ -111,21 +151,27 @@ class _Opening:
         frame = Frame(self._subject, encode([event]), msg_id, level_headers([event]))
         appended = await self._log.append(frame, fence=Fence(self._subject, after), timeout_s=_API_TIMEOUT_S)
         if isinstance(appended, Done):
-            return True
+            return appended.seq
         if not isinstance(appended, Refused):
             raise AppendUnknown(appended.detail)
         if appended.reason is Reason.FENCED:
-            return False
+            return None
         raise AppendRefused(appended.code, appended.detail)
 
-    async def _create(self, generation: int) -> JetStreamLeases | None:
+    async def _create(self, generation: int, quiet_s: int) -> JetStreamLeases | None:
         """Create the bucket of the generation that is ours; an older one is in its way."""
         stream = wire.bucket_stream(self._bucket)
         _log.info("creating the bucket of locks", stream=stream, generation=generation)
         if await self._find() is not None:
             await self._delete(stream)
         first_seq = generation << GENERATION_BITS
-        created = JetStreamLeases(self._bus, self._bucket, replicas=self._replicas, first_seq=first_seq)
+        created = JetStreamLeases(
+            self._bus,
+            self._bucket,
+            replicas=self._replicas,
+            first_seq=first_seq,
+            metadata={_QUIET: str(quiet_s)},
+        )
         await created.__aenter__()
         last = await self._log.last(self._subject)
         is_ours = (

@@ -16,7 +16,8 @@ from agentflow.ending import end_tasks
 from agentflow.errors import Disconnected, LockTimeout, LogGone
 from agentflow.events import LockAcquired, LockReleased
 from agentflow.events import LockLost as Lost
-from agentflow.leases.port import Lease, Leases
+from agentflow.leases.port import Lease
+from agentflow.locks.bucket import Opened
 from agentflow.locks.held import Held, Write
 from agentflow.locks.keeper import Keeper
 from agentflow.locks.ticket import Line, Place, Ticket
@@ -40,7 +41,7 @@ class Contender:
 
     def __init__(
         self,
-        leases: Leases,
+        bucket: Opened,
         ticket: Ticket,
         ttl_s: int,
         write: Write,
@@ -48,7 +49,8 @@ class Contender:
         clock: Callable[[], float],
         deadline: float | None,
     ) -> None:
-        self._leases = leases
+        self._bucket = bucket
+        self._leases = bucket.leases
         self._ticket = ticket
         self._ttl_s = ttl_s
         self._write = write
@@ -62,15 +64,17 @@ class Contender:
         self._moved = asyncio.Event()
         self._granting = False
 
-    async def acquire(self, first_token: int) -> Held:
+    async def acquire(self) -> Held:
         """Come, wait, and hold the lock.
 
         Raises LockTimeout, TicketLost, InvalidRequest (the others in line use it differently),
         LogGone, OperatingError. Whoever leaves otherwise than with a lock calls `give_up`.
         """
         lease = await self._come()
-        if lease.epoch < first_token:
-            raise LogGone(f"token {lease.epoch} is of a bucket made by somebody else: {first_token} was due")
+        if not self._bucket.has(lease.epoch):
+            raise LogGone(
+                f"token {lease.epoch} is of another bucket than generation {self._bucket.generation}"
+            )
         self._keeper = Keeper(self._leases, lease, self._clock)
         self._keeper.on_lost(self._moved.set)
         await self._reach_the_front(self._keeper)
@@ -103,7 +107,7 @@ class Contender:
     async def _reach_the_front(self, keeper: Keeper) -> None:
         after = await self._look()
         self._line.require_agreement(self._key)
-        if not self._line.before(self._key):
+        if self._is_first():
             return
         if self._deadline is not None and self._deadline <= self._clock():
             raise self._timeout()
@@ -143,16 +147,20 @@ class Contender:
                 watching.result()
             if self._line.place(self._key) is None:
                 raise TicketLost("it was taken away")
-            before = self._line.before(self._key)
-            if not before:
+            if self._is_first():
                 return
+            before = self._line.before(self._key)
             now = self._clock()
             if self._deadline is not None and self._deadline <= now:
                 raise self._timeout()
             if any(place.entry.is_silent(now) for place in before):
                 await self._clear()
                 continue
-            await self._sleep(min(self._silent_at(place) for place in before))
+            await self._sleep(min(map(_silent_at, before), default=self._bucket.granting_from))
+
+    def _is_first(self) -> bool:
+        """Whether nobody has to go before us, in this bucket or one that was lost."""
+        return not self._line.before(self._key) and self._clock() >= self._bucket.granting_from
 
     async def _sleep(self, until: float) -> None:
         if self._deadline is not None:
@@ -220,13 +228,17 @@ class Contender:
     def _timeout(self) -> LockTimeout:
         name = self._ticket.name
         before = [place.ticket.holder for place in self._line.before(self._key)] if self._in_line else []
-        ahead = f"before us: {', '.join(before[:5])}" if before else "the line could not be read"
+        ahead = (
+            f"before us: {', '.join(before[:5])}"
+            if before
+            else "its bucket was lost, and who held it has not surely given up yet"
+        )
         return LockTimeout(f"lock {name!r} was not free in time; {ahead}")
 
     @property
     def _in_line(self) -> bool:
         return self._line.place(self._key) is not None
 
-    @staticmethod
-    def _silent_at(place: Place) -> float:
-        return place.entry.seen + place.entry.ttl_s
+
+def _silent_at(place: Place) -> float:
+    return place.entry.seen + place.entry.ttl_s

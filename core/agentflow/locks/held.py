@@ -110,9 +110,9 @@ class Held:
         return LockLost(self.name, self.token, self._keeper.reason)
 
     async def _renew(self, ttl_s: int | None) -> None:
-        if self._ending is not None:
+        if self._ending is not None and not self._lost_before:
             raise LockNotHeld(f"lock {self.name!r} (token {self.token}) was released")
-        if not await self._keeper.renew(ttl_s):
+        if self._lost_before or not await self._keeper.renew(ttl_s):
             raise self.loss()
 
     async def _say(self, event: Event, within_s: float | None) -> None:

@@ -7,14 +7,14 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from msgspec import Struct
 
 from agentflow import wire
 from agentflow.ending import end_tasks
-from agentflow.errors import Disconnected, LockTimeout, LogGone, OperatingError
-from agentflow.leases.port import Leases
+from agentflow.errors import Disconnected, InvalidRequest, LockTimeout, LogGone, OperatingError
+from agentflow.locks.bucket import Opened
 from agentflow.locks.contender import Contender, TicketLost
 from agentflow.locks.held import Held, Write
 from agentflow.locks.ticket import Line, Mode, Place, Ticket, in_lines
@@ -25,15 +25,6 @@ _CLOSE_S: Final = 3.0
 _PAUSE_S_MAX: Final = 0.2
 
 _log = get_logger(__name__)
-
-
-class Bucket(Leases, Protocol):
-    """A bucket of leases that says where its revisions begin."""
-
-    @property
-    def first_seq(self) -> int:
-        """The revision at which the bucket began."""
-        ...
 
 
 class LockHolder(Struct, frozen=True):
@@ -68,7 +59,7 @@ class Locks:
 
     def __init__(
         self,
-        open_bucket: Callable[[], Awaitable[Bucket]],
+        open_bucket: Callable[[], Awaitable[Opened]],
         write: Write,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -76,7 +67,7 @@ class Locks:
         self._open_bucket = open_bucket
         self._write = write
         self._clock = clock
-        self._bucket: Bucket | None = None
+        self._bucket: Opened | None = None
         self._opening = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
         self._held: set[Held] = set()
@@ -100,7 +91,7 @@ class Locks:
             bucket = await self._reached(deadline)
             contender = Contender(bucket, ticket, ttl_s, self._write, clock=self._clock, deadline=deadline)
             try:
-                held = await contender.acquire(bucket.first_seq)
+                held = await contender.acquire()
             except TicketLost as lost:
                 _log.info("waiting anew", lock=ticket.name, why=str(lost))
                 self._leave(contender.give_up)
@@ -108,7 +99,7 @@ class Locks:
                 _log.warning("the bucket of locks is gone", lock=ticket.name, why=str(gone))
                 self._leave(contender.give_up)
                 self._forget(bucket)
-            except LockTimeout:
+            except (LockTimeout, InvalidRequest):
                 await asyncio.shield(self._leave(contender.give_up))
                 raise
             except BaseException:
@@ -125,7 +116,7 @@ class Locks:
         for _ in range(_ATTEMPTS_MAX):
             bucket = await self._opened()
             try:
-                snapshot = await bucket.entries(wire.lock_keys(name))
+                snapshot = await bucket.leases.entries(wire.lock_keys(name))
             except LogGone:
                 self._forget(bucket)
             else:
@@ -133,7 +124,7 @@ class Locks:
                 return [_info(each, line) for each, line in sorted(lines.items())]
         raise Disconnected("the bucket of locks does not stay")
 
-    async def _reached(self, deadline: float | None) -> Bucket:
+    async def _reached(self, deadline: float | None) -> Opened:
         """The bucket, however long it takes to reach it. Raises Disconnected after the deadline."""
         while True:
             try:
@@ -143,13 +134,13 @@ class Locks:
                     raise
                 await asyncio.sleep(random.uniform(0, _PAUSE_S_MAX))
 
-    async def _opened(self) -> Bucket:
+    async def _opened(self) -> Opened:
         async with self._opening:
             if self._bucket is None:
                 self._bucket = await self._open_bucket()
             return self._bucket
 
-    def _forget(self, bucket: Bucket) -> None:
+    def _forget(self, bucket: Opened) -> None:
         if self._bucket is bucket:
             self._bucket = None
 

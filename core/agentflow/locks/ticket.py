@@ -128,14 +128,16 @@ class Line:
         return earlier
 
     def require_agreement(self, key: str) -> None:
-        """Raise InvalidRequest if somebody earlier asks for another kind of lock under that name."""
-        mine = self._places[key]
-        for place in self.places():
-            if place.token < mine.token and place.ticket.name and not place.ticket.agrees_with(mine.ticket):
-                raise InvalidRequest(
-                    f"lock {mine.ticket.name!r}: {mine.ticket.in_words()} was asked for, but "
-                    f"{place.ticket.holder} uses it as {place.ticket.in_words()}"
-                )
+        """Raise InvalidRequest if the first in line asks for another kind of lock under that name.
+
+        Who disagrees with the first is about to leave, and nobody's measure.
+        """
+        mine, first = self._places[key].ticket, self.places()[0].ticket
+        if first.name and not first.agrees_with(mine):
+            raise InvalidRequest(
+                f"lock {mine.name!r}: {mine.in_words()} was asked for, but "
+                f"{first.holder} uses it as {first.in_words()}"
+            )
 
 
 def in_lines(entries: Iterable[Entry]) -> dict[str, Line]:
