@@ -45,7 +45,7 @@ COMMANDS: Final = (
     _Entry("lock", "locks", RUN, "Run a command while holding a lock."),
     _Entry("cancel", "requests", CHANGE, "Ask for a task or workflow to be stopped."),
     _Entry("reprioritize", "requests", CHANGE, "Give a waiting task another priority."),
-    _Entry("drain", "drain", CHANGE, "Ask a worker to finish what it runs, and leave."),
+    _Entry("drain", "drain", CHANGE, "Ask a worker to take nothing new, finish what it runs, and end."),
     _Entry(
         "quarantine", "quarantine", CHANGE, "Show tasks given up for killing workers; hand them over again."
     ),

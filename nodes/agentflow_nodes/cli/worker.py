@@ -9,6 +9,7 @@ from typing import Annotated, Final
 import psutil
 import typer
 
+from agentflow.limits import LEVEL, LEVEL_FIRST
 from agentflow_nodes.apps import load_app
 from agentflow_nodes.cli.daemon import Supervised, default_name, node_logs, serve
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats, default_slots, parse_labels
@@ -63,6 +64,15 @@ def worker_command(  # noqa: PLR0913, PLR0917 - options
         float,
         typer.Option("--drain-s", min=0.0, help="How long running tasks may go on when it stops, seconds."),
     ] = 30.0,
+    level: Annotated[
+        int,
+        typer.Option(
+            "--level",
+            min=LEVEL_FIRST,
+            max=LEVEL,
+            help="The highest contract level it lets be used; lower it while a cluster is changed over.",
+        ),
+    ] = LEVEL,
     replicas: Replicas = 1,
     nats: Nats = None,
     namespace: Namespace = "default",
@@ -96,6 +106,7 @@ def worker_command(  # noqa: PLR0913, PLR0917 - options
         memory_mb=psutil.virtual_memory().total // _MB if memory_mb is None else memory_mb,
         gpus=gpus,
         drain_s=drain_s,
+        level=level,
         replicas=check_replicas(replicas),
     )
     worker = Worker(config)
