@@ -199,7 +199,10 @@ class Connection:
     def _send(self) -> None:
         unsent, self._unsent, self._unsent_bytes = self._unsent, [], 0
         if unsent and not self.dead.is_set():
-            self._transport.send(unsent)
+            try:
+                self._transport.send(unsent)
+            except (OSError, RuntimeError):  # uvloop says of a transport that was reset that it is closed
+                self._die()
 
 
 class _Transport(TcpTransport):

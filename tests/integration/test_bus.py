@@ -6,8 +6,11 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
+from typing import Any
 
 import pytest
+import uvloop
 
 from agentflow.bus import Bus
 from agentflow.connection import OnMessage
@@ -201,3 +204,22 @@ async def test_a_server_of_no_use_is_left_for_another() -> None:
 async def test_the_only_server_is_not_left(bus: Bus) -> None:
     bus.leave_server("it is slow")
     assert bus.connected
+
+
+def test_a_connection_reset_while_it_is_written_to_is_replaced(tmp_path: Path) -> None:
+    """Under uvloop too, where writing to what was reset raises."""
+
+    async def use() -> None:
+        failures: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+        async with NatsServer(folder=tmp_path) as server, Bus(server.url, name="reset") as bus:
+            assert bus._connection is not None
+            first = bus._connection
+            first._transport.abort()
+            while not first.dead.is_set():
+                bus.publish("a.b", b"lost")
+                await asyncio.sleep(0)
+            assert await bus.js_api("INFO", b"", 10)
+        assert failures == []
+
+    uvloop.run(use())

@@ -130,7 +130,7 @@ class _Reader:
             await self._bus.wait_connected()
             try:
                 await self._check()
-                await self._create()
+                await self._create(min(_API_TIMEOUT_S, 2.0**attempt))
             except (Disconnected, ApiFailed) as error:
                 _log.warning(
                     "cannot follow", stream=self._opened.name, after=self._last_seq, error=str(error)
@@ -175,7 +175,7 @@ class _Reader:
                 if failures >= _FAILURES_MAX:
                     self._bus.leave_server(str(error))
 
-    async def _create(self) -> None:
+    async def _create(self, timeout_s: float) -> None:
         inbox = self._bus.new_inbox()
         name = inbox.rpartition(".")[2]
         self._drop()
@@ -187,7 +187,7 @@ class _Reader:
         request = f"CONSUMER.CREATE.{self._opened.name}.{name}"
         payload = {"stream_name": self._opened.name, "action": "create", "config": self._config(name, inbox)}
         try:
-            await ask(self._bus, request, payload, dict[str, Any], _API_TIMEOUT_S)
+            await ask(self._bus, request, payload, dict[str, Any], timeout_s)
         except BaseException:
             self._drop()
             raise

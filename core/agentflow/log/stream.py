@@ -37,6 +37,7 @@ _NOT_NOW: Final = 10008
 """No leader of the cluster."""
 _TOO_FEW_SERVERS: Final = frozenset({10005, 10074})
 
+_ASK_S_FIRST: Final = 1.0
 _ATTEMPT_S_MAX: Final = 2.0
 _PAUSE_S: Final = 0.2
 
@@ -203,6 +204,27 @@ async def ask(
     raise ApiFailed(request, failure.error)
 
 
+async def _ask_again(
+    bus: Bus, request: str, payload: Mapping[str, Any] | None, answer: type[T], timeout_s: float
+) -> T:
+    """Ask for what may be asked twice, until it is answered: who was to answer may have died.
+
+    Raises ApiFailed, Disconnected.
+    """
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    attempt_s = _ASK_S_FIRST
+    while True:
+        left_s = deadline - loop.time()
+        try:
+            return await ask(bus, request, payload, answer, min(attempt_s, left_s))
+        except Disconnected:
+            if deadline - loop.time() <= _PAUSE_S:
+                raise
+        await asyncio.sleep(_PAUSE_S)
+        attempt_s *= 2
+
+
 async def stream_info(bus: Bus, name: str, timeout_s: float) -> StreamInfo:
     """Describe a stream. Raises LogGone if there is none, Disconnected.
 
@@ -210,7 +232,7 @@ async def stream_info(bus: Bus, name: str, timeout_s: float) -> StreamInfo:
     believed: it would make the log look as if it had gone back.
     """
     try:
-        info = await ask(bus, f"STREAM.INFO.{name}", None, StreamInfo, timeout_s)
+        info = await _ask_again(bus, f"STREAM.INFO.{name}", None, StreamInfo, timeout_s)
     except ApiFailed as failed:
         if failed.error.err_code == NO_STREAM:
             raise LogGone(f"there is no stream {name}") from failed
@@ -306,7 +328,7 @@ async def get_message(
 ) -> Message | None:
     """Ask a stream's leader for one message. Raises LogGone, Disconnected."""
     try:
-        answer = await ask(bus, f"STREAM.MSG.GET.{stream}", query, _StoredAnswer, timeout_s)
+        answer = await _ask_again(bus, f"STREAM.MSG.GET.{stream}", query, _StoredAnswer, timeout_s)
     except ApiFailed as failed:
         if failed.error.err_code == NO_MESSAGE:
             return None
