@@ -8,6 +8,7 @@
 5    the leader rejected what was asked
 6    the log is not the one it was: deleted, created again, purged or cut under us. Starting again
      does not help; the message says what was expected, what was found and what to do
+7    a lock was not free in time, or was lost while the command ran
 130  interrupted with Ctrl-C
 """
 
@@ -26,6 +27,7 @@ class Exit(enum.IntEnum):
     OPERATING = 4
     REJECTED = 5
     LOG_GONE = 6
+    LOCK = 7
     INTERRUPTED = 130
 
 
