@@ -48,6 +48,16 @@ def test_others_get_it_instead() -> None:
     assert assigned_in(scene.plan()) == {"w2": ["a"]}
 
 
+def test_what_only_it_could_run_is_set_aside() -> None:
+    """No plan looks at those lines again until somebody joins or leaves."""
+    scene = at_work(submitted("a"), submitted("b"))
+    scene.lead()
+    assert scene.state.queue.waiting
+    scene.given(drain_requested("w1"))
+    scene.plan()
+    assert (list(scene.state.queue.waiting), len(scene.state.queue.parked)) == ([], 1)
+
+
 def test_asking_twice_changes_nothing() -> None:
     assert at_work(drain_requested("w1")).when(drain_requested("w1")) == DUPLICATE
     assert at_work(draining("w1")).when(drain_requested("w1")) == DUPLICATE
