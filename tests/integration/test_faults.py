@@ -205,7 +205,7 @@ class TestMasters:
     async def test_the_fence_refuses_who_was_deposed(self, cluster: Cluster) -> None:
         first = await cluster.leader(name="first")
         client = await cluster.client()
-        leader = first._leader
+        leader = first.seats["default"]._leader
         assert leader is not None
         fence = Fence(wire.elected("default"), leader.elected_seq)
         subject = wire.event("default", "worker.lost", "first")
