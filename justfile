@@ -82,3 +82,7 @@ up *arguments:
 # Walk through all interleavings of the protocols of lease and lock; the last line is one JSON object
 model *arguments:
     python -m tests.model.check "$@"
+
+# Switch each defence off in turn and see that a test misses it; the last line is one JSON object
+mutants *arguments:
+    python -m tests.mutants.check "$@"

@@ -113,13 +113,16 @@ def _report(chosen: Sequence[Mutant], shown: Console) -> int:
     verdicts: list[Verdict] = []
     try:
         for verdict in check(chosen, Console(stderr=True)):
-            shown.print(f"{verdict.what}: {verdict.mutant.name}  {verdict.detail}", style=_STYLES[verdict.what])
+            shown.print(
+                f"{verdict.what}: {verdict.mutant.name}  {verdict.detail}", style=_STYLES[verdict.what]
+            )
             verdicts.append(verdict)
     except HarnessError as error:
         shown.print(str(error), style="red", markup=False)
     shown.print(_table([(each.mutant, each.what, f"{each.seconds:.1f}") for each in verdicts]))
     counts = {
-        what: sum(each.what == what for each in verdicts) for what in ("killed", "survived", "stale", "broken")
+        what: sum(each.what == what for each in verdicts)
+        for what in ("killed", "survived", "stale", "broken")
     }
     sys.stdout.write(json.dumps({"mutants": len(chosen), **counts}) + "\n")
     return 0 if counts["killed"] == len(chosen) else 1

@@ -57,7 +57,7 @@ DOMAIN: Final = (
         _REPORTED,
         "        or task.attempt != event.attempt\n",
         "",
-        _fold("an_outcome_of_an_old_attempt_is_superseded"),
+        _fold("outcomes_of_others_do_not_count"),
         quick=True,
     ),
     Mutant(
@@ -185,9 +185,9 @@ DOMAIN: Final = (
     Mutant(
         "the fast way is trusted with any spelling",
         _FRAMES,
-        "            same = encode(events) == data\n",
-        "            same = True\n",
-        _frames("what_is_wrong_with_an_event_is_said_of_the_event", "spelling_does_not_change_the_verdict"),
+        "    if not same or not 0 <",
+        "    if not 0 <",
+        _frames("what_is_wrong_with_an_event_is_said_of_the_event"),
     ),
     Mutant(
         "keys may stand twice",
@@ -209,14 +209,18 @@ DOMAIN: Final = (
         _FRAMES,
         "    if depth > FRAME_DEPTH_MAX:\n",
         "    if depth < 0:\n",
-        _frames("what_is_no_frame_is_bad_as_a_whole", "the_verdict_does_not_depend_on_how_deep_the_caller_is"),
+        _frames(
+            "what_is_no_frame_is_bad_as_a_whole", "the_verdict_does_not_depend_on_how_deep_the_caller_is"
+        ),
     ),
     Mutant(
         "whatever lies there under our message id is ours (memory)",
         "core/agentflow/log/stored.py",
         "return stored == (frame.subject, frame.data, frame.msg_id)",
         "return stored[2] == frame.msg_id",
-        ("tests/integration/test_log.py::TestMemoryLog::test_a_message_id_used_by_another_message_is_refused",),
+        (
+            "tests/integration/test_log.py::TestMemoryLog::test_a_message_id_used_by_another_message_is_refused",
+        ),
     ),
     Mutant(
         "after doubt a refusal is believed",

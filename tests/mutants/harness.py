@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.util import cache_from_source
 from pathlib import Path
@@ -62,7 +62,7 @@ class Run(Struct, frozen=True):
 
 
 @contextmanager
-def copy_of_tree() -> Iterator[Path]:
+def copy_of_tree() -> Generator[Path]:
     """A copy of the working tree as it is: what git knows, and what is new and not ignored."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],

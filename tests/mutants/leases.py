@@ -24,7 +24,7 @@ LEASES: Final = (
         _JETSTREAM,
         "lease.ttl_s * (1 - MARGIN_SHARE)",
         "lease.ttl_s",
-        _server("the_holder_gives_up_before_the_server_does"),
+        ("tests/integration/test_lease_deadline.py",),
     ),
     Mutant(
         "no margin (memory)",
@@ -75,7 +75,9 @@ LEASES: Final = (
         _JETSTREAM,
         "        if lease.epoch:\n            return None\n",
         "",
-        _server("a_released_lease_is_free_and_its_epoch_past", "a_lease_ends_by_itself_though_it_was_renewed"),
+        _server(
+            "a_released_lease_is_free_and_its_epoch_past", "a_lease_ends_by_itself_though_it_was_renewed"
+        ),
     ),
     Mutant(
         "revisions of a bucket made anew begin at 1",

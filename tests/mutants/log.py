@@ -89,7 +89,7 @@ LOG: Final = (
         _STREAM,
         "    if found.created_ns != opened.created_ns:\n",
         "    if found.created_ns < 0:\n",
-        _log("a_recreated_log_is_gone"),
+        ("tests/integration/test_recreated_log.py",),
     ),
     Mutant(
         "a log that went back is read on",
