@@ -54,6 +54,7 @@ COMMANDS: Final = (
     _Entry("workflow", "workflows", ASK, "Show one workflow as a tree of its tasks."),
     _Entry("workers", "workers", ASK, "List the workers: slots, load, what they have done."),
     _Entry("locks", "locks", ASK, "List the locks: who holds them, who waits, who held them."),
+    _Entry("masters", "masters", ASK, "List the masters: who leads what, and how far each has read."),
     _Entry("queue", "queue", ASK, "Show what waits, how long, and what fits no worker."),
     _Entry("events", "events", ASK, "Show the events of the log, or follow them."),
     _Entry("schema", "schema", ASK, "Print the contract: every event as JSON Schema."),

@@ -47,11 +47,12 @@ class Target(Struct, frozen=True):
         return [url.strip() for url in self.url.split(",")]
 
 
-def target(nats: str | None, namespace: str) -> Target:
-    """Check what the options say. Raises CliError."""
-    if not wire.is_name(namespace):
-        raise usage(f"--namespace: expected 1 to 64 of A-Z a-z 0-9 _ -, found {namespace!r}")
-    made = Target(nats or DEFAULT_URL, namespace)
+def target(nats: str | None, *namespaces: str) -> Target:
+    """Check what the options say; the first namespace is where the command works. Raises CliError."""
+    for namespace in namespaces:
+        if not wire.is_name(namespace):
+            raise usage(f"--namespace: expected 1 to 64 of A-Z a-z 0-9 _ -, found {namespace!r}")
+    made = Target(nats or DEFAULT_URL, namespaces[0] if namespaces else "")
     for url in made.urls:
         _host_and_port(url)
     return made
