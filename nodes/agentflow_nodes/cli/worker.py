@@ -12,7 +12,6 @@ import typer
 from agentflow.limits import LEVEL, LEVEL_FIRST
 from agentflow_nodes.apps import load_app
 from agentflow_nodes.cli.daemon import Supervised, default_name, node_logs, serve
-from agentflow_nodes.cli.level import Level
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats, default_slots, parse_labels
 from agentflow_nodes.cli.replicas import Replicas, check_replicas
 from agentflow_nodes.cli.session import run, target
@@ -74,7 +73,6 @@ def worker_command(  # noqa: PLR0913, PLR0917 - options
             help="The highest contract level it lets be used; lower it while a cluster is changed over.",
         ),
     ] = LEVEL,
-    level: Level = LEVEL,
     replicas: Replicas = 1,
     nats: Nats = None,
     namespace: Namespace = "default",
@@ -110,7 +108,6 @@ def worker_command(  # noqa: PLR0913, PLR0917 - options
         drain_s=drain_s,
         level=level,
         replicas=check_replicas(replicas),
-        level=level,
     )
     worker = Worker(config)
     told = {
