@@ -221,7 +221,8 @@ def opened(generation: int = 1, by: str = wire.LOCKS_ACTOR) -> Step:
 
 
 def acquired(lock: str, token: int, by: str = "cli", **other: Any) -> Step:
-    return says(events.LockAcquired(name=lock, token=token, **({"holder": by} | other)), by)
+    known: dict[str, Any] = {"holder": by}
+    return says(events.LockAcquired(name=lock, token=token, **(known | other)), by)
 
 
 def released(lock: str, token: int, by: str = "cli") -> Step:
