@@ -171,3 +171,22 @@ async def test_what_cannot_be_meant_is_refused(
     status, _, errors = await run(cluster, "lock", "x", *arguments)
     assert status == 2
     assert expected in errors
+
+
+async def test_the_log_learns_of_a_holder_that_died_unmissed(cluster: Cluster) -> None:
+    """Nobody waits for the lock, so nobody takes it away: the leader notices that the ticket is gone."""
+    await cluster.leader()
+    holder = await Command(cluster.url, "lock", "orphan", "--ttl-s", "1", "--", "sleep", "60").start()
+    client = await cluster.client()
+    await eventually(lambda: _holds(client, "orphan"))
+    holder.send(signal.SIGKILL)
+    await holder.end()  # once nobody holds its output any more: the command died with it
+    async with asyncio.timeout(30):
+        async for logged in client.events(after=0):
+            if logged.kind == "lock.lost":
+                break
+    assert str(getattr(logged.event, "reason", "")) == "its holder fell silent"
+
+
+async def _holds(client: agentflow.Client, name: str) -> bool:
+    return await holders(client, name) == 1

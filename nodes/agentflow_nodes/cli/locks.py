@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import fnmatch
 import os
 import signal
@@ -29,6 +30,8 @@ _GRACE_S: Final = 5.0
 """How long a command may take to end after SIGTERM, before it is killed."""
 _ON_LOST: Final = ("kill", "warn")
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_PR_SET_PDEATHSIG: Final = 1
+_LIBC: Final = ctypes.CDLL(None)
 _NOT_FOUND: Final = 127
 _NOT_EXECUTABLE: Final = 126
 
@@ -132,7 +135,11 @@ async def _run(
 ) -> tuple[int, bool]:
     """Run a command to its end; its status as a shell tells it, and whether the lock was lost meanwhile."""
     try:
-        process = await asyncio.create_subprocess_exec(*command, env=environment)
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=environment,
+            preexec_fn=_die_with_us if kill else None,  # noqa: PLW1509 - we have no threads
+        )
     except OSError as error:
         say(f"error: {command[0]}: {error.strerror}", "red")
         return (_NOT_FOUND if isinstance(error, FileNotFoundError) else _NOT_EXECUTABLE), False
@@ -153,6 +160,11 @@ async def _run(
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
     return (status if status >= 0 else 128 - status), lost.is_set()
+
+
+def _die_with_us() -> None:
+    """In the command's process, before it becomes the command: if we are killed, nobody renews its lock."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _pass_on(process: Process, number: int) -> None:

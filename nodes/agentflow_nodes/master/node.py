@@ -23,12 +23,14 @@ from agentflow.leases.jetstream import JetStreamLeases
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.stream import stream_names
 from agentflow.logs import get_logger
+from agentflow_nodes.master.abandoned import Abandoned
 from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.seat import Seat
 from agentflow_nodes.master.sessions import Sessions
 from agentflow_nodes.master.sharing import Session, handover
 from agentflow_nodes.master.telling import Services, tell
 
+_SWEEP_S: Final = 5.0
 _DISCOVER_S: Final = 2.0
 _NAMES_TIMEOUT_S: Final = 5.0
 # A fold of a million tasks is long-lived objects only: collecting them often buys nothing.
@@ -120,6 +122,7 @@ class Master:
         await services.listen()
         self.seats[namespace] = seat
         self._start(seat.run(), namespace)
+        self._start(self._sweep(namespace, seat, log), f"abandoned locks of {namespace}")
 
     async def _wait_caught_up(self) -> None:
         caught_up = asyncio.ensure_future(self._all_caught_up())
@@ -134,6 +137,27 @@ class Master:
     async def _all_caught_up(self) -> None:
         for seat in self.seats.values():
             await seat.caught_up.wait()
+
+    async def _sweep(self, namespace: str, seat: Seat, log: JetStreamLog) -> None:
+        """While it leads: tell of locks whose holders died."""
+        tickets = partial(self._tickets, namespace)
+        abandoned = Abandoned(log, seat.follower.state, self.config.name, self._instance, tickets)
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            if not seat.leading:
+                continue
+            try:
+                await abandoned.sweep()
+            except OperatingError as error:
+                _log.warning("abandoned locks were not looked for", namespace=namespace, error=str(error))
+
+    async def _tickets(self, namespace: str) -> set[int]:
+        leases = JetStreamLeases(self.bus, wire.lock_bucket(namespace), create=False)
+        try:
+            async with leases:
+                return {entry.epoch for entry in (await leases.entries(">")).entries}
+        except LogGone:
+            return set()  # there is no bucket: nobody holds anything
 
     def _tell(self, namespace: str, ended: Sequence[Ended]) -> None:
         tell(self.bus, namespace, ended)
