@@ -137,7 +137,14 @@ async def mark(folder: str, name: str) -> str:
 @agentflow.task(name="whoami")
 def whoami() -> dict[str, Any]:
     task = agentflow.current()
-    return {"task": task.task_id, "attempt": task.attempt, "worker": task.worker, "pid": os.getpid()}
+    return {
+        "task": task.task_id,
+        "attempt": task.attempt,
+        "worker": task.worker,
+        "pid": os.getpid(),
+        "lock": task.lock,
+        "lock_token": task.lock_token,
+    }
 
 
 @agentflow.task(name="chosen")

@@ -27,6 +27,8 @@ class TaskContext(msgspec.Struct, frozen=True, kw_only=True):
     """The attempt being run.
 
     `attempt` counts from 1. `deadline` is when the attempt times out, in seconds of Unix time.
+    `lock` names the lock the task runs under, if it asked for one, and `lock_token` is its
+    fencing token: hand it to whatever is changed under the lock, and let that refuse lower ones.
     """
 
     task_id: str
@@ -35,6 +37,8 @@ class TaskContext(msgspec.Struct, frozen=True, kw_only=True):
     worker: str
     workflow_id: str | None = None
     deadline: float | None = None
+    lock: str = ""
+    lock_token: int | None = None
 
 
 _current: ContextVar[TaskContext] = ContextVar("agentflow_task")

@@ -37,6 +37,8 @@ class Options(Struct, frozen=True, kw_only=True):
     timeout_s: float = 0.0
     queue_timeout_s: float = 0.0
     needs: Needs | None = None
+    lock: str = ""
+    """Name of a lock that is held, exclusively, while the task runs."""
 
 
 class Function(Generic[P, R]):
@@ -196,6 +198,7 @@ def task(
     timeout_s: float = ...,
     queue_timeout_s: float = ...,
     needs: Needs | None = ...,
+    lock: str = ...,
 ) -> _Decorator: ...
 def task(
     function: Callable[..., Any] | None = None,
@@ -215,7 +218,8 @@ def task(
 
     The function itself can still be called as before. Coroutine functions run on the worker's
     event loop, plain ones in a thread or, with `process`, in a child process that can be
-    killed when it takes too long.
+    killed when it takes too long. With `lock="stock"` a lock of that name is held while it runs:
+    no other task that names it runs meanwhile, nor whoever holds it with `Client.lock`.
 
     Raises InvalidRequest for an unknown option, or a name already taken by another function.
     """

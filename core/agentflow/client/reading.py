@@ -218,6 +218,7 @@ def _task(section: Section, defaults: dict[str, Any]) -> TaskFile:
         timeout_s=terms.timeout_s,
         queue_timeout_s=terms.queue_timeout_s,
         priority=_priority(section, terms.priority),
+        lock=terms.lock,
         line=section.source.line(section.data),
     )
 

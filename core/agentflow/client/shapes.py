@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 from agentflow.limits import (
     ATTEMPTS_MAX,
     LABELS_MAX,
+    LOCK_NAME_LENGTH_MAX,
     NON_RETRYABLE_MAX,
     SCRIPT_LENGTH_MAX,
     SECONDS_MAX,
@@ -91,6 +92,8 @@ class TaskFile(Struct, frozen=True, kw_only=True):
     queue_timeout_s: float = 0.0
     """0: no limit."""
     priority: int = 500
+    lock: str = ""
+    """Name of a lock that is held, exclusively, while the task runs."""
     line: int = 0
     """Where it begins in the file; 0 if not known."""
 
@@ -122,6 +125,7 @@ class Terms(Struct, frozen=True, kw_only=True):
     timeout_s: Seconds = 0.0
     queue_timeout_s: Seconds = 0.0
     priority: int | str = 500
+    lock: Annotated[str, Meta(max_length=LOCK_NAME_LENGTH_MAX)] = ""
 
 
 class TaskShape(Terms, frozen=True, kw_only=True):

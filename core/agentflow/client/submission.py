@@ -37,6 +37,7 @@ def _task_from_file(task: TaskFile) -> WorkflowTask:
         retry=Retry(**structs.asdict(task.retry)) if task.retry else None,
         timeout_s=float(task.timeout_s),
         queue_timeout_s=float(task.queue_timeout_s),
+        lock=task.lock,
         **_run(task),
     )
 

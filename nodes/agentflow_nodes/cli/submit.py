@@ -94,6 +94,12 @@ def submit_command(  # noqa: PLR0913, PLR0917 - options
             "--retries", min=0, max=999, help="Further attempts after a failed one.", rich_help_panel=_HOW
         ),
     ] = 0,
+    lock: Annotated[
+        str,
+        typer.Option(
+            "--lock", metavar="NAME", help="A lock that is held while it runs.", rich_help_panel=_HOW
+        ),
+    ] = "",
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait for its end and print the result.", rich_help_panel=_HOW)
     ] = False,
@@ -152,6 +158,7 @@ def submit_command(  # noqa: PLR0913, PLR0917 - options
         queue_timeout_s=queue_timeout_s,
         retry=Retry(max_attempts=retries + 1) if retries else None,
         needs=needs if needs != Needs() else None,
+        lock=lock,
     )
     run(_submit_task(where, event, wait=wait, as_json=as_json), logs=client_logs(debug=debug))
 

@@ -29,6 +29,7 @@ from agentflow.errors import AppendUnknown, Disconnected, ObjectMissing, Operati
 from agentflow.events import Event, ObjectRef, TaskAssigned, TaskCompleted, TaskDeclined, TaskFailed
 from agentflow.frames import decode_any, encode
 from agentflow.limits import DEPTH_MAX, INLINE_BYTES_MAX, TAIL_LENGTH_MAX, TEXT_LENGTH_MAX
+from agentflow.locks.held import Held
 from agentflow.log.port import Log
 from agentflow.logs import get_logger
 from agentflow.objects import ObjectStore
@@ -37,10 +38,12 @@ from agentflow_nodes.worker.calls import Call, judge_async
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.functions import FunctionRunner
 from agentflow_nodes.worker.materials import BadInput, Materials, as_text
-from agentflow_nodes.worker.outcome import Completed, Failed, Outcome
+from agentflow_nodes.worker.outcome import Completed, Failed, Kind, Outcome
 from agentflow_nodes.worker.processes import ProcessExit, ProcessRunner, shell_argv
 
 RESULT_VARIABLE: Final = "AGENTFLOW_RESULT"
+LOCK_VARIABLE: Final = "AGENTFLOW_LOCK"
+LOCK_TOKEN_VARIABLE: Final = "AGENTFLOW_LOCK_TOKEN"  # noqa: S105 - the name of a variable, no secret
 RESULT_BYTES_MAX: Final = 64 * 1024 * 1024
 _HIDDEN: Final = ("AGENTFLOW_", "NATS_")
 """Our own settings are none of a task's business: they may hold credentials."""
@@ -60,8 +63,14 @@ class Run(Struct):
     announced: bool = False
     why: str = ""
     """Why it is being ended: "timeout", or what a stop said."""
+    kind: Kind = "stopped"
+    """What kind of failure it is if it is ended."""
     over: bool = False
     """Reported already; whatever comes after does not count."""
+    held: Held | None = None
+    """The lock it runs under."""
+    told: asyncio.Future[int] | None = None
+    """Its outcome's way into the log, if a lock waits for that."""
 
 
 class Attempts:
@@ -109,7 +118,7 @@ class Attempts:
         if assigned.function:
             function = self._functions.get(assigned.function)
             if function is None:
-                return _declined(assigned, f"no function is called {assigned.function}")
+                return declined(assigned, f"no function is called {assigned.function}")
         try:
             if materials.plain(assigned):
                 given = materials.inline(assigned)
@@ -123,7 +132,7 @@ class Attempts:
         except (BadInput, ObjectMissing) as error:
             return _failed(run, Failed("error", f"input: {error}", retryable=False))
         except (OperatingError, TimeoutError) as error:
-            return _declined(assigned, f"its arguments could not be fetched: {error}")
+            return declined(assigned, f"its arguments could not be fetched: {error}")
         except Exception as error:  # noqa: BLE001 - see below
             # A fault of ours, or input nobody thought of: the task ends of it, the worker does not.
             _log.exception("an attempt failed in the worker", task=assigned.id)
@@ -137,7 +146,7 @@ class Attempts:
         except msgspec.ValidationError as error:
             return _bad_arguments(run, function, error)
         ended = await judge_async(
-            Call(function.call, args, kwargs, self._context(assigned), tuple(assigned.non_retryable))
+            Call(function.call, args, kwargs, self._context(run), tuple(assigned.non_retryable))
         )
         return await self._report(run, ended, "", "")
 
@@ -154,12 +163,13 @@ class Attempts:
             kwargs,
             mode=function.mode,
             timeout_s=assigned.timeout_s or None,
-            task=self._context(assigned),
+            task=self._context(run),
             non_retryable=assigned.non_retryable,
         )
         return await self._report(run, ended, "", "")
 
-    def _context(self, assigned: TaskAssigned) -> TaskContext:
+    def _context(self, run: Run) -> TaskContext:
+        assigned = run.assigned
         timeout_s = assigned.timeout_s
         return TaskContext(
             task_id=assigned.id,
@@ -168,6 +178,8 @@ class Attempts:
             worker=self._config.name,
             workflow_id=ids.workflow_of(assigned.id),
             deadline=time.time() + timeout_s if timeout_s else None,
+            lock=assigned.lock,
+            lock_token=run.held.token if run.held is not None else None,
         )
 
     async def _run_process(self, run: Run, given: Materials) -> Event:
@@ -182,6 +194,8 @@ class Attempts:
             "AGENTFLOW_TASK_ID": assigned.id,
             "AGENTFLOW_ATTEMPT": str(assigned.attempt),
         }
+        if run.held is not None:
+            env |= {LOCK_VARIABLE: run.held.name, LOCK_TOKEN_VARIABLE: str(run.held.token)}
         try:
             exited = await self._processes.run(
                 argv,
@@ -269,7 +283,8 @@ def _json_result(data: bytes) -> Outcome:
     return Failed("result", f"${RESULT_VARIABLE} does not hold JSON: {fault}", retryable=False)
 
 
-def _declined(assigned: TaskAssigned, reason: str) -> TaskDeclined:
+def declined(assigned: TaskAssigned, reason: str) -> TaskDeclined:
+    """The report of an attempt that is not run here."""
     return TaskDeclined(
         id=assigned.id, attempt=assigned.attempt, incarnation=assigned.incarnation, reason=reason
     )

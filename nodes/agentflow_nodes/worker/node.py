@@ -43,6 +43,7 @@ from agentflow_nodes.master.liveness import Heartbeat
 from agentflow_nodes.worker.attempts import Attempts
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.kept import Kept, needs_keeper
+from agentflow_nodes.worker.locking import TaskLocks
 from agentflow_nodes.worker.slots import Slots
 
 _LEAVES: Final = "the worker leaves"
@@ -72,7 +73,8 @@ class Worker:
         self._objects = ObjectStore(self.bus, config.namespace, replicas=config.replicas)
         self._attempts = Attempts(config, self.functions, self._log, self._objects)
         self._writer = Writer(self._log, config.name, grouped=True)
-        self._slots = Slots(self._attempts, self._writer)
+        self._locks = TaskLocks(self.bus, self._log, self._writer, config.name)
+        self._slots = Slots(self._attempts, self._writer, self._locks)
         self._kept = Kept(config) if config.stall_s_max and needs_keeper(self.functions) else None
         self._instance = secrets.token_hex(8)
         self._incarnation = 0
@@ -88,6 +90,7 @@ class Worker:
             await stack.enter_async_context(self.bus)
             await stack.enter_async_context(self._log)
             await stack.enter_async_context(self._writer)
+            stack.push_async_callback(self._locks.close)
             await stack.enter_async_context(self._attempts)
             await self._join()
             if self._kept is not None:

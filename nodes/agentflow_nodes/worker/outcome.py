@@ -28,16 +28,17 @@ MESSAGE_BYTES_MAX = 4096
 TRACEBACK_BYTES_MAX = 8192
 TRACEBACK_FRAMES_MAX = 64
 
-Kind = Literal["error", "timeout", "stopped", "exit", "signal", "spawn", "result", "crash"]
+Kind = Literal["error", "timeout", "stopped", "exit", "signal", "spawn", "result", "crash", "lock_lost"]
 """
-error    the function raised
-timeout  the attempt took longer than it may
-stopped  we ended it: cancelled, withdrawn, or the worker leaves
-exit     a non-zero exit status, or the function called `sys.exit`
-signal   the process was killed by a signal that was not ours
-spawn    it could not be started at all
-result   it returned something that is no JSON
-crash    the child process running the function died
+error      the function raised
+timeout    the attempt took longer than it may
+stopped    we ended it: cancelled, withdrawn, or the worker leaves
+exit       a non-zero exit status, or the function called `sys.exit`
+signal     the process was killed by a signal that was not ours
+spawn      it could not be started at all
+result     it returned something that is no JSON
+crash      the child process running the function died
+lock_lost  the lock it ran under was lost: it was stopped
 """
 
 

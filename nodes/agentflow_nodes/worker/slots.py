@@ -9,12 +9,16 @@ import asyncio
 import contextvars
 import time
 from collections import deque
+from functools import partial
 from typing import Final
 
-from agentflow.events import Event, TaskAssigned, TaskDeclined, TaskStarted, TaskStop
+from agentflow.events import Event, TaskAssigned, TaskCompleted, TaskStarted, TaskStop
+from agentflow.limits import TEXT_LENGTH_MAX
+from agentflow.locks.held import Held
 from agentflow.logs import get_logger
 from agentflow.writer import Writer
-from agentflow_nodes.worker.attempts import Attempts, Run, failed
+from agentflow_nodes.worker.attempts import Attempts, Run, declined, failed
+from agentflow_nodes.worker.locking import NotHeld, TaskLocks
 from agentflow_nodes.worker.outcome import Failed
 
 STARTED_AFTER_S: Final = 0.1
@@ -32,8 +36,9 @@ _log = get_logger(__name__)
 class Slots:
     """What a worker holds: attempts that run, and those that wait for a slot."""
 
-    def __init__(self, attempts: Attempts, writer: Writer) -> None:
+    def __init__(self, attempts: Attempts, writer: Writer, locks: TaskLocks) -> None:
         self._attempts = attempts
+        self._locks = locks
         self._writer = writer
         self._queue: deque[TaskAssigned] = deque()
         self._idle: deque[asyncio.Future[None]] = deque()
@@ -66,13 +71,7 @@ class Slots:
 
     def hand_back(self, assigned: TaskAssigned) -> None:
         """Not run here: another worker may have it at once."""
-        declined = TaskDeclined(
-            id=assigned.id,
-            attempt=assigned.attempt,
-            incarnation=assigned.incarnation,
-            reason="the worker leaves",
-        )
-        self._writer.say(declined)
+        self._writer.say(declined(assigned, "the worker leaves"))
 
     def hand_back_queued(self) -> None:
         """Let others have what waits for a slot."""
@@ -110,6 +109,7 @@ class Slots:
             _, ignoring = await asyncio.wait(slots, timeout=_STOP_GRACE_S)
             if ignoring:
                 _log.warning("tasks ignore their cancellation", count=len(ignoring))
+        await self._locks.settled()
         self._running.clear()
         self._idle.clear()
 
@@ -151,13 +151,7 @@ class Slots:
             run = run_of(self._queue.popleft())
             self._slots[me] = run
             self._running[run.assigned.id] = run
-            try:
-                await self._attempt(run)
-            except asyncio.CancelledError:
-                if run.over:
-                    raise
-                why = Failed("stopped", run.why) if run.why else Failed("error", "it cancelled its own slot")
-                self._report(run, failed(run, why))
+            await self._run(run)
             if not self._free(me, run):
                 return
             if contextvars.copy_context() != clean:
@@ -177,16 +171,53 @@ class Slots:
         self._slots[slot] = None
         return True
 
+    async def _run(self, run: Run) -> None:
+        """Run and report an attempt. Raises CancelledError if somebody else reported it, and wants the slot."""
+        try:
+            if not run.assigned.lock or await self._lock(run):
+                await self._attempt(run)
+        except asyncio.CancelledError:
+            if run.over:
+                raise
+            why = Failed(run.kind, run.why) if run.why else Failed("error", "it cancelled its own slot")
+            self._report(run, failed(run, why))
+        finally:
+            if run.held is not None:
+                self._locks.release(run.held, run.told)
+
+    async def _lock(self, run: Run) -> bool:
+        """Acquire the lock the task names; False if the attempt was declined for want of it."""
+        try:
+            held = run.held = await self._locks.acquire(run.assigned)
+        except NotHeld as error:
+            self._report(run, declined(run.assigned, str(error)[:TEXT_LENGTH_MAX]))
+            return False
+        held.on_lost(partial(self._lock_lost, run, held))
+        return True
+
+    def _lock_lost(self, run: Run, held: Held) -> None:
+        if not run.why and not run.over:
+            run.kind = "lock_lost"
+            self._end_run(run, str(held.loss()))
+
     async def _attempt(self, run: Run) -> None:
         if run.assigned.suspect:
             run.announced = True
             await self._writer.write([_started(run)])
-        self._report(run, await self._attempts.run(run))
+        event = await self._attempts.run(run)
+        if run.held is not None and not run.held.is_held() and isinstance(event, TaskCompleted):
+            # Done, but not under the lock all the time: somebody else may have worked beside it.
+            event = failed(run, Failed("lock_lost", str(run.held.loss())))
+        self._report(run, event)
 
     def _report(self, run: Run, event: Event) -> None:
-        if not run.over:
-            run.over = True
+        if run.over:
+            return
+        run.over = True
+        if run.held is None:
             self._writer.say(event)
+        else:  # the lock is given back after that
+            run.told = asyncio.ensure_future(self._writer.write([event]))
 
     def _end_run(self, run: Run, why: str) -> None:
         run.why = why
@@ -200,7 +231,7 @@ class Slots:
         if self._slots.get(slot) is not run:
             return
         _log.warning("a task ignores its cancellation", task=run.assigned.id)
-        self._report(run, failed(run, Failed("stopped", run.why)))
+        self._report(run, failed(run, Failed(run.kind, run.why)))
         del self._slots[slot]
         self._running.pop(run.assigned.id, None)
         self._open_slot()
