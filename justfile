@@ -67,6 +67,10 @@ bench-failover *arguments:
 bench-peers *arguments:
     uv run --isolated --group peers python -m tests.bench.bench_peers "$@"
 
+# Measure distributed locks, ours and redis-py's in the same run, in an environment of their own; needs redis-server
+bench-locks *arguments:
+    uv run --isolated --group peers python -m tests.bench.bench_locks "$@"
+
 # Bring the generated parts of the documentation in step with the code
 docs:
     python -m tests.docs_from_code

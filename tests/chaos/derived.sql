@@ -1,7 +1,7 @@
 -- What several invariants look at, made once everything is loaded.
 
 -- The one end of each task: its own event, or the one because of which it was skipped.
-create table ending as
+create or replace table ending as
 select task, pos, case kind
     when 'task.completed' then 'completed' when 'task.cancelled' then 'cancelled' else 'failed' end as state
 from ev where ends
@@ -9,7 +9,7 @@ union all
 select task, pos, 'skipped' from skipped;
 
 -- When an incarnation ceased to be.
-create table gone as
+create or replace table gone as
 select incarnation, min(pos) as pos from (
     select incarnation, pos from ev where kind in ('worker.lost', 'worker.left') and verdict = 'applied'
     union all
@@ -18,10 +18,21 @@ select incarnation, min(pos) as pos from (
 group by incarnation;
 
 -- What each incarnation holds, step by step. Of the dead it does not matter any more.
-create table held as
+create or replace table held as
 select e.seq, e.pos, a.incarnation, case when e.kind = 'task.assigned' then 1 else -1 end as change,
     a.suspect, coalesce(t.cpu, 0) as cpu
 from ev e
 join ev a on a.task = e.task and a.attempt = e.attempt and a.kind = 'task.assigned' and a.verdict = 'applied'
 left join task t on t.task = e.task
 where e.verdict = 'applied' and e.kind in ('task.assigned', 'task.completed', 'task.failed', 'task.declined');
+
+-- Suspects at each incarnation: from their assignment until they have certainly begun, or are out of its hands.
+create or replace table suspicion as
+with stay as (
+    select a.incarnation, a.pos, min(e.pos) as over from ev a
+    left join ev e on e.task = a.task and e.attempt = a.attempt and e.incarnation = a.incarnation
+        and e.verdict = 'applied' and e.kind in ('task.started', 'task.completed', 'task.failed', 'task.declined')
+    where a.suspect and a.verdict = 'applied' group by a.incarnation, a.pos)
+select incarnation, pos, 1 as change from stay
+union all
+select incarnation, over, -1 from stay where over is not null;

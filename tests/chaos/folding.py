@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Final, Protocol
 
 from agentflow import frames, ids, wire
@@ -34,20 +34,15 @@ _ENDS: Final = frozenset(
 _SUBMITS: Final = frozenset({TaskSubmitted.kind, WorkflowSubmitted.kind})
 _LOCKS: Final = "lock."
 
+Asked = MutableMapping[int, list[dict[str, Any]]]
+"""What masters answered, by the sequence they had folded."""
+
 
 class Rows(Protocol):
     """Where rows go."""
 
     def add(self, table: str, row: tuple[Any, ...]) -> None:
         """One row of a table."""
-        ...
-
-
-class Asked(Protocol):
-    """What masters answered, by the sequence they had folded."""
-
-    def pop(self, seq: int, default: Any) -> Sequence[dict[str, Any]]:
-        """The answers at a sequence, once."""
         ...
 
 
@@ -181,7 +176,7 @@ class Folding:
             return
         if type(item) is WorkflowSubmitted:
             self._enter_workflow(seq, index, item)
-        else:
+        elif type(item) is TaskSubmitted:
             self._rows.add("task", _task_row(task, seq, index, None, item))
 
     def _enter_workflow(self, seq: int, index: int, flow: WorkflowSubmitted) -> None:

@@ -4,10 +4,10 @@
 -- name: I01_acknowledged_submission_lost
 -- What a client was told is stored is in the log, and was accepted (or refused for want of room).
 -- part: bulk
--- looked: select count(*) from sub where result = 'ok' and kind not in ('cancel', 'reprioritize', 'conflict', 'poison')
+-- looked: select count(*) from sub where result = 'ok' and kind not in ('cancel', 'reprioritize', 'conflict', 'poison', 'lock')
 select s.client, s.n from sub s
 left join submitted t on t.client = s.client and t.n = s.n and (t.verdict = 'applied' or t.reason = 'overloaded')
-where s.result = 'ok' and s.kind not in ('cancel', 'reprioritize', 'conflict', 'poison') and t.client is null
+where s.result = 'ok' and s.kind not in ('cancel', 'reprioritize', 'conflict', 'poison', 'lock') and t.client is null
 
 -- name: I01b_acknowledged_cancellation_lost
 -- So is every acknowledged cancellation.
@@ -132,14 +132,36 @@ select seq, epoch, before from (
 where epoch <> before + 1
 
 -- name: I09a_lock_held_twice
--- Nobody takes an exclusive lock that another has and gives back only later.
+-- While somebody has a lock and gives it back only later, nobody takes it, unless both share it.
 -- part: lock
--- looked: select count(*) from lock where kind = 'lock.acquired' and mode = 'exclusive'
-select a.name, a.token, b.token as other from lock a
+-- looked: select count(*) from lock where kind = 'lock.acquired' and mode in ('exclusive', 'shared')
+select a.name, a.token, a.mode, b.token as other, b.mode as other_mode, b.pos // 8192 as seq from lock a
 join lock r on r.kind = 'lock.released' and r.name = a.name and r.token = a.token and r.verdict = 'applied'
 join lock b on b.kind = 'lock.acquired' and b.name = a.name and b.token <> a.token and b.verdict = 'applied'
     and b.pos > a.pos and b.pos < r.pos
-where a.kind = 'lock.acquired' and a.mode = 'exclusive' and a.verdict = 'applied'
+where a.kind = 'lock.acquired' and a.verdict = 'applied' and a.mode in ('exclusive', 'shared')
+and (a.mode = 'exclusive' or b.mode = 'exclusive')
+
+-- name: I09d_more_holders_than_permits
+-- A semaphore has at most as many holders, who all give it back later, as it has permits.
+-- part: lock
+-- looked: select count(*) from lock where kind = 'lock.acquired' and mode = 'semaphore'
+select b.name, b.token, count(*) as holders from lock b
+join lock a on a.kind = 'lock.acquired' and a.name = b.name and a.verdict = 'applied' and a.pos <= b.pos
+join lock r on r.kind = 'lock.released' and r.name = a.name and r.token = a.token and r.verdict = 'applied'
+    and r.pos > b.pos
+where b.kind = 'lock.acquired' and b.mode = 'semaphore' and b.verdict = 'applied'
+group by b.name, b.token, b.permits having count(*) > b.permits
+
+-- name: I09e_lower_token_written
+-- Where locks guard something, tokens never go back.
+-- part: lock
+-- looked: select count(*) from fx where what = 'write'
+select task as name, pos, token, before from (
+    select task, pos, token, max(token) over (
+        partition by task order by pos rows between unbounded preceding and 1 preceding) as before
+    from fx where what = 'write')
+where token < before
 
 -- name: I09b_token_not_rising
 -- Each holder of an exclusive lock has a higher token than all before.
@@ -156,7 +178,8 @@ where token <= before
 -- part: lock
 -- looked: select count(*) from fx where what = 'write'
 select f.pos, f.task, f.token from fx f where f.what = 'write' and not exists (
-    select 1 from lock l where l.kind = 'lock.acquired' and l.token = f.token and l.verdict = 'applied')
+    select 1 from lock l
+    where l.kind = 'lock.acquired' and l.name = f.task and l.token = f.token and l.verdict = 'applied')
 
 -- name: I10_started_before_what_it_depends_on
 -- A task of a workflow is assigned only after all that it depends on has completed.
@@ -318,13 +341,13 @@ select h.seq, h.incarnation, h.holding from (
 join worker w on w.incarnation = h.incarnation where h.holding > w.slots + w.ahead
 
 -- name: I19c_suspects_together
--- Suspects go to a worker one at a time, so that one killer does not condemn the others.
+-- Suspects begin one at a time at a worker, so that one killer does not condemn the others.
 -- part: kill worker
--- looked: select count(*) from held where suspect
-select seq, incarnation, holding from (
-    select seq, incarnation, change, sum(change) over (partition by incarnation order by pos) as holding
-    from held where suspect)
-where change > 0 and holding > 1
+-- looked: select count(*) from suspicion
+select incarnation, pos // 8192 as seq, suspects from (
+    select incarnation, pos, change, sum(change) over (partition by incarnation order by pos) as suspects
+    from suspicion)
+where change > 0 and suspects > 1
 
 -- name: I19d_more_cores_than_there_are
 -- No incarnation holds tasks that ask for more cores than it offers.

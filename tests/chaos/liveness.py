@@ -24,7 +24,8 @@ _ASKED: Final = 400
 _ANSWERS_S: Final = 0.5
 """How long answers are collected of whoever believes to lead."""
 _SUCCESSION_S: Final = 30.0
-_CLIENTS_S: Final = 60.0
+_BACKLOG_TASKS_PER_S: Final = 1_000
+"""What is still to do when the last fault is healed may take longer: a second for so many tasks."""
 _SHOWN: Final = 300
 
 _decode: Final = msgspec.json.decode
@@ -43,10 +44,11 @@ class Liveness:
 
     async def check(self, healed: float) -> None:
         """Ask everything. `healed` is when the last fault was."""
-        within_s = self._cluster.options.liveness_s
+        within_s = self._cluster.options.liveness_s + await self._backlog() / _BACKLOG_TASKS_PER_S
         await self._watch.client.bus.subscribe(wire.heartbeat(NAMESPACE, "*"), self._on_heartbeat)
-        await self._found("clients ended", within_s + _CLIENTS_S, self._clients_ended)
-        await self._found("all work ended", within_s, self._all_ended)
+        await self._found("clients ended", within_s, self._clients_ended)
+        left_s = healed + within_s - time.monotonic()
+        await self._found("all work ended", max(left_s, _SUCCESSION_S), self._all_ended)
         self.settled_s = time.monotonic() - healed
         await self._found("workers idle", within_s, self._workers_idle)
         await self._found("leader has folded all", within_s, self._caught_up)
@@ -54,6 +56,13 @@ class Liveness:
         await self._succession()
         await self._found("watch has read all", within_s, self._watch_caught_up)
         self._journal.close()
+
+    async def _backlog(self) -> int:
+        """Tasks still to do: as the leader says, or all if nobody leads yet."""
+        try:
+            return int((await self._queue())["open"])
+        except AgentFlowError:
+            return self._cluster.options.tasks
 
     async def _found(self, what: str, within_s: float, look: Callable[[], Awaitable[str]]) -> None:
         """Look until it is so, which an empty text says; write down whether it was in time."""

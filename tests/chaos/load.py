@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
+import os
 import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvloop
-from msgspec import Struct
+from msgspec import Struct, structs
 
 import agentflow
 from agentflow import wire
@@ -37,8 +39,15 @@ _BULKS_MAX = 6
 _SINGLES_MAX = 48
 _BULK_TASKS_MAX = 1_000
 _REPEATS_MAX = 40
-_TOLD_WITHIN_S = 150.0
+_TOLD_WITHIN_S = 600.0
+"""How long a client waits for ends once all is handed over; the campaign stops waiting earlier."""
 _RECENT = 256
+_LOCKS = 2
+"""Doors, and as many semaphores."""
+_LOCK_WAIT_S = 4.0
+_LOCK_TTL_S = 2
+_PERMITS = 2
+LockMode = Literal["exclusive", "shared", "semaphore"]
 SHELL_SCRIPT = 'env | sort; test -n "$CHAOS_NUMBER"'
 """Shows all that a task's environment holds."""
 
@@ -65,8 +74,11 @@ class _Known(Struct, frozen=True):
 class Load:
     """What one client does. All chance comes from its seed."""
 
-    def __init__(self, client: agentflow.Client, journal: Journal, chance: random.Random) -> None:
+    def __init__(
+        self, client: agentflow.Client, journal: Journal, resource: Resource, chance: random.Random
+    ) -> None:
         self._client = client
+        self._resource = resource
         self._journal = journal
         self._chance = chance
         self._number = 0
@@ -89,6 +101,7 @@ class Load:
             self._odd,
             self._reprioritize,
             self._poison,
+            self._lock,
         ]
 
     async def run(self, tasks: int, seconds: float) -> None:
@@ -107,7 +120,11 @@ class Load:
             await asyncio.sleep(_TICK_S)
         await _all(self._bulks)
         await _all(self._singles)
-        await _all(self._told)
+        if self._told:
+            _, untold = await asyncio.wait(self._told, timeout=_TOLD_WITHIN_S)
+            for task in untold:
+                task.cancel()
+            await _all(untold)
 
     def _start(self, among: set[asyncio.Task[None]], act: Awaitable[None]) -> None:
         task = asyncio.ensure_future(act)
@@ -145,11 +162,9 @@ class Load:
             place = self._chance.randrange(count)
             self._remember(_Known(first + place, handles[place]))
 
-    async def _hand_over(self, kind: str, event: TaskSubmitted, number: int) -> None:
+    async def _hand_over(self, event: TaskSubmitted, number: int) -> None:
         """One task under an id of our own, until it is acknowledged."""
-        event = TaskSubmitted(
-            **{name: getattr(event, name) for name in event.__struct_fields__} | {"id": new_id()}
-        )
+        event = structs.replace(event, id=new_id())
         for _ in range(_REPEATS_MAX):
             handle = await self._try(number, self._client.submit_task(event))
             if handle is not None:
@@ -167,8 +182,8 @@ class Load:
     async def _listen(self, known: _Known) -> None:
         """Wait for its end, as a client does."""
         try:
-            told = await asyncio.wait_for(known.handle.outcome(), _TOLD_WITHIN_S)
-        except (TimeoutError, AgentFlowError) as error:
+            told = await known.handle.outcome()
+        except (asyncio.CancelledError, AgentFlowError) as error:
             self._journal.write(op="untold", n=known.number, task=known.handle.id, why=repr(error)[:200])
             return
         self._journal.write(
@@ -177,25 +192,25 @@ class Load:
 
     async def _effect(self) -> None:
         number = self._intend("effect")
-        await self._hand_over("effect", TaskSubmitted(function="effect", args=[number]), number)
+        await self._hand_over(TaskSubmitted(function="effect", args=[number]), number)
 
     async def _nap(self) -> None:
         number = self._intend("nap")
         seconds = round(self._chance.choice((0.01, 0.05, 0.2, 0.5, 2.0)), 3)
-        options = app.nap.wire_options | ({"needs": Needs(cpu=1.0)} if self._chance.random() < 0.5 else {})
-        await self._hand_over("nap", TaskSubmitted(function="nap", args=[number, seconds], **options), number)
+        options: dict[str, Any] = dict(app.nap.wire_options)
+        if self._chance.random() < 0.5:
+            options["needs"] = Needs(cpu=1.0)
+        await self._hand_over(TaskSubmitted(function="nap", args=[number, seconds], **options), number)
 
     async def _flaky(self) -> None:
         number = self._intend("flaky")
         args = [number, self._chance.randint(1, 5)]
-        await self._hand_over(
-            "flaky", TaskSubmitted(function="flaky", args=args, **app.flaky.wire_options), number
-        )
+        await self._hand_over(TaskSubmitted(function="flaky", args=args, **app.flaky.wire_options), number)
 
     async def _shell(self) -> None:
         number = self._intend("shell")
         event = TaskSubmitted(shell=SHELL_SCRIPT, env={"CHAOS_NUMBER": str(number)})
-        await self._hand_over("shell", event, number)
+        await self._hand_over(event, number)
 
     async def _odd(self) -> None:
         """What fails for good, takes too long, or has a large result."""
@@ -203,7 +218,7 @@ class Load:
         number = self._intend(kind)
         function = agentflow.registered()[kind]
         args: list[Any] = [number, 0.1] if kind == "nap_in_thread" else [number]
-        await self._hand_over(kind, TaskSubmitted(function=kind, args=args, **function.wire_options), number)
+        await self._hand_over(TaskSubmitted(function=kind, args=args, **function.wire_options), number)
 
     async def _workflow(self) -> None:
         count = self._chance.randint(3, 20)
@@ -239,7 +254,7 @@ class Load:
         """Hand over something that takes a while, and cancel it: while it waits, or while it runs."""
         number = self._intend("nap")
         event = TaskSubmitted(function="nap", args=[number, 3.0], **app.nap.wire_options)
-        await self._hand_over("nap", event, number)
+        await self._hand_over(event, number)
         known = next((known for known in self._recent if known.number == number), None)
         await asyncio.sleep(self._chance.choice((0.0, 0.1, 1.0)))
         if known is not None:
@@ -276,6 +291,56 @@ class Load:
         except AgentFlowError:
             return
 
+    # Locks -----------------------------------------------------------------------------
+
+    async def _lock(self) -> None:
+        """Hold a lock for a moment, and write under its token where lower tokens are refused."""
+        mode: LockMode = self._chance.choice(("exclusive", "exclusive", "shared", "semaphore"))
+        name = f"{mode if mode == 'semaphore' else 'door'}-{self._chance.randrange(_LOCKS)}"
+        number = self._intend("lock", tasks=0, task=name)
+        lock = self._client.lock(name, wait_s=_LOCK_WAIT_S, ttl_s=_LOCK_TTL_S, mode=mode, permits=_PERMITS)
+        try:
+            async with lock as held:
+                for _ in range(self._chance.randint(1, 5)):
+                    await asyncio.sleep(self._chance.choice((0.0, 0.02, 0.2)))
+                    if mode == "exclusive":
+                        self._resource.write(name, held.token, self._client.name)
+        except (AgentFlowError, TimeoutError) as error:
+            self._journal.write(op="unknown", n=number, why=repr(error)[:200])
+        else:
+            self._journal.write(op="ok", n=number)
+
+
+class Resource:
+    """What locks guard: it takes a write only under a token that is not below the highest it has seen.
+
+    One file for each lock, shared by all clients; each write is a line of the journal of side effects.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        self._effects = os.open(folder / "effects.tsv", flags, 0o644)
+
+    def write(self, name: str, token: int, client: str) -> None:
+        """Write, or have it refused."""
+        with (self._folder / f"resource-{name}").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            highest = int(file.read() or 0)
+            if token > highest:
+                file.truncate(0)
+                file.write(str(token))
+                file.flush()
+            what = "write" if token >= highest else "refused"
+            now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            line = f"{what}\t{name}\t0\t{client}\t{os.getpid()}\t{now_ns}\t{token}\n"
+            os.write(self._effects, line.encode())
+
+    def close(self) -> None:
+        """Give the journal back."""
+        os.close(self._effects)
+
 
 async def _all(tasks: set[asyncio.Task[None]]) -> None:
     while tasks:
@@ -284,15 +349,17 @@ async def _all(tasks: set[asyncio.Task[None]]) -> None:
 
 async def _main(given: argparse.Namespace) -> None:
     journal = Journal(Path(given.journal))
+    resource = Resource(Path(given.journal).parent)
     try:
         async with agentflow.Client(
             given.url.split(","), namespace=NAMESPACE, name=given.name, replicas=given.replicas
         ) as client:
-            load = Load(client, journal, random.Random(f"{given.seed} {given.name}"))
+            load = Load(client, journal, resource, random.Random(f"{given.seed} {given.name}"))
             await load.run(given.tasks, given.seconds)
         journal.write(op="done")
     finally:
         journal.close()
+        resource.close()
 
 
 def _arguments() -> argparse.Namespace:
