@@ -52,7 +52,8 @@ class Inbox:
         self.prefix: Final = prefix
         self._expected: dict[str, _Expected] = {}
         self._tokens = itertools.count()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._due = 0.0
 
     def expect(self, subject: str, timeout_s: float) -> tuple[str, asyncio.Future[Reply | None]]:
         """A fresh reply subject, and the future of what arrives there."""
@@ -61,7 +62,7 @@ class Inbox:
         future: asyncio.Future[Reply | None] = loop.create_future()
         deadline = loop.time() + timeout_s
         self._expected[token] = _Expected(subject, deadline, future)
-        if self._timer is None or deadline < self._timer.when():
+        if self._timer is None or deadline < self._due:
             self._set_timer(loop, deadline)
         return self.prefix + token, future
 
@@ -86,6 +87,8 @@ class Inbox:
             _resolve(self._expected.pop(token).future, refusal)
 
     def _set_timer(self, loop: asyncio.AbstractEventLoop, when: float) -> None:
+        # uvloop's timer does not know when it is due if that is now.
+        self._due = when
         if self._timer is not None:
             self._timer.cancel()
         self._timer = loop.call_at(when, self._sweep)

@@ -22,7 +22,8 @@ from agentflow import wire
 from agentflow.ending import end_tasks
 from agentflow.errors import AppendRefused, AppendUnknown, InvalidRequest, LogGone, OperatingError
 from agentflow.events import Event
-from agentflow.frames import TooLarge, compose, encode, level_headers
+from agentflow.frames import TooLarge, compose, encode, level_headers, level_of
+from agentflow.limits import LEVEL_FIRST
 from agentflow.log.port import Appended, Done, Frame, Log, Reason, Refused
 from agentflow.logs import get_logger
 
@@ -48,6 +49,8 @@ class _Said(Struct):
     batch: Sequence[Event] = ()
     number: int = 0
     """Orders what was said."""
+    level: int = LEVEL_FIRST
+    """The contract level its frame must be written in."""
 
 
 class Writer:
@@ -128,6 +131,8 @@ class Writer:
 
     def _enter(self, said: _Said) -> None:
         said.number = next(self._said)
+        if said.events:
+            said.level = level_of(said.events)
         kind = said.kind if self._grouped else ""
         queue = self._queues.get(kind)
         if queue is None:
@@ -161,7 +166,7 @@ class Writer:
         first = queue.popleft()
         taken = [first]
         count = len(first.events)
-        while queue and not first.batch and queue[0].kind == first.kind and not queue[0].batch:
+        while queue and not first.batch and _go_together(first, queue[0]):
             count += len(queue[0].events)
             if count > FRAME_EVENTS_GOOD:
                 break
@@ -237,6 +242,11 @@ class Writer:
                 raise AppendUnknown(f"not acknowledged within {self._patience_s} s: {appended.detail}")
         _log.debug("write repeated", actor=self._actor, why=appended.detail)
         return None
+
+
+def _go_together(first: _Said, other: _Said) -> bool:
+    """Whether they may share a frame: below its level, a frame is refused as a whole."""
+    return other.kind == first.kind and not other.batch and other.level == first.level
 
 
 def _composed(events: Sequence[Event]) -> list[bytes]:

@@ -158,6 +158,16 @@ class TestFaults:
         assert await worker.write([_completed("a")]) == 1
 
 
+async def test_one_that_needs_a_higher_level_does_not_lift_the_others(desk: Desk) -> None:
+    """Below its level a frame is refused as a whole: plain events must not be in it."""
+    writer = await desk.writer()
+    locked = TaskSubmitted(id="locked", shell="true", lock="one")
+    await asyncio.gather(
+        *(writer.write([event]) for event in (_submitted("a"), _submitted("b"), locked, _submitted("c")))
+    )
+    assert [ids for _, ids in await desk.written()] == [["a", "b"], ["locked"], ["c"]]
+
+
 async def test_its_end_is_told_to_all_who_wait(desk: Desk) -> None:
     writer = await desk.writer()
     desk.server.hold()

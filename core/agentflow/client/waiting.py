@@ -20,7 +20,7 @@ from agentflow.bus import Bus
 from agentflow.client.outcome import FINAL, Outcome, from_event, from_notice, rejected
 from agentflow.client.watching import events
 from agentflow.ending import end_tasks
-from agentflow.errors import AgentFlowError, Disconnected, OperatingError
+from agentflow.errors import AgentFlowError, Disconnected, LogGone, OperatingError
 from agentflow.events import (
     EventRejected,
     Reason,
@@ -216,8 +216,13 @@ class Waiting:
 
     def _reject(self, newest: Handle[Any], outcome: Outcome) -> None:
         """One of our submissions under this id was not accepted; others may have been."""
-        mine = [handle for handle in _chain(newest) if handle.seq == outcome.seq]
-        handle = mine[0] if mine else newest
+        chain = list(_chain(newest))
+        mine = [handle for handle in chain if handle.seq == outcome.seq]
+        # Where a handle's submission lies is not known while it is written, nor of many at once.
+        mine += [handle for handle in chain if not handle.seq]
+        if not mine:
+            return  # of a submission that nobody waits for any more
+        handle = mine[0]
         self._unchain(handle)
         handle.settle(outcome)
 
@@ -274,6 +279,16 @@ class Waiting:
                     await self._search_unknown(wanted[status.id])
         except (OperatingError, msgspec.MsgspecError) as error:
             _log.debug("status not known", error=str(error))
+            await self._check_log()
+
+    async def _check_log(self) -> None:
+        """Nobody answers: perhaps because the log is gone, and then nobody ever will."""
+        try:
+            await self._log.identity()
+        except LogGone as gone:
+            self._fail_all(gone)
+        except OperatingError as error:
+            _log.debug("the log is not known", error=str(error))
 
     async def _settle_ended(self, wanted: dict[str, list[Handle[Any]]], statuses: Sequence[Status]) -> None:
         ended = [status for status in statuses if status.state in FINAL and status.seq]

@@ -193,6 +193,9 @@ class Cluster:
             if status == Exit.LOG_GONE:
                 self._halt_because_of(child)
                 return
+            if status == Exit.OK:  # only a worker that was drained ends by itself in good order
+                self._tell(f"{child.name} was drained: it is not started again")
+                return
             if time.monotonic() - begun > _STABLE_S:
                 pause_s = _PAUSE_S_FIRST
             self._tell(f"{child.name} ended ({_described(status)}): starting it again in {pause_s:g} s")

@@ -138,7 +138,7 @@ async def _run(
         process = await asyncio.create_subprocess_exec(
             *command,
             env=environment,
-            preexec_fn=_die_with_us if kill else None,  # noqa: PLW1509 - we have no threads
+            preexec_fn=_die_with_us if kill else None,
         )
     except OSError as error:
         say(f"error: {command[0]}: {error.strerror}", "red")

@@ -86,7 +86,9 @@ class Leader:
         self._end: End | None = None
         self._numbers = itertools.count(1)
         self._wake = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._look_at = 0.0
+        """When the timer is due, on the loop's clock: uvloop's does not know if that is now."""
         self._at_rest = False
         """There was nothing to do when it was last looked at."""
         self._awaited_seq = 0
@@ -222,9 +224,10 @@ class Leader:
         loop = asyncio.get_running_loop()
         until = loop.time() + wait_s
         if self._timer is not None:
-            if self._timer.when() <= until:
+            if self._look_at <= until:
                 return
             self._timer.cancel()
+        self._look_at = until
         self._timer = loop.call_at(until, self._look_again)
 
     def _look_again(self) -> None:
