@@ -17,6 +17,7 @@ import agentflow
 from agentflow.events import Policy, TaskSubmitted
 from agentflow.limits import LEVEL
 from agentflow_nodes.worker.keeper import goes_on
+from tests.acceptance.test_cli import Up
 from tests.app import add, wait_for_file, whoami
 from tests.cluster import Audit, Cluster, Process, audit
 from tests.eventually import eventually
@@ -310,7 +311,22 @@ class TestDrained:
         assert await worker.ended() == 0
         _, err = await cli.run("drain", "w1", status=3)
         assert "it left" in err
+        await _worker(cluster, "old", "--level", "1")
+        _, err = await cli.run("drain", "old", status=5)
+        assert "the worker knows 1" in err
         assert len((await audit(client)).of_kind("worker.drain_requested")) == 1
+
+    def test_the_one_who_started_it_does_not_start_it_again(self, tmp_path: Path) -> None:
+        up = Up(tmp_path, "--workers", "2")
+        try:
+            up.run("drain", "worker-1", "--wait")
+            said = up.process.stderr
+            assert said is not None
+            assert "worker-1 was drained: it is not started again" in said.readline()
+            states = {row["name"]: row["state"] for row in up.lines("workers")}
+            assert states == {"worker-1": "offline", "worker-2": "active"}
+        finally:
+            assert up.stop() == 0
 
 
 class TestQuarantine:

@@ -55,7 +55,7 @@ class Kept:
 
     async def __aenter__(self) -> Self:
         # At once, not in the task: whatever the first assignment does, its keeper is on the way.
-        self._launch()
+        self._try_launch()
         self._task = asyncio.create_task(self._keep(), name="worker keeper")
         return self
 
@@ -84,6 +84,13 @@ class Kept:
         except OSError:
             pass  # it is gone, or none is there: its end is noticed elsewhere
 
+    def _try_launch(self) -> None:
+        try:
+            self._launch()
+        except OSError as error:  # no descriptors or processes left, which may pass
+            self._popen = None
+            _log.warning("keeper_not_started", error=str(error))
+
     def _launch(self) -> None:
         read_end, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
@@ -109,11 +116,7 @@ class Kept:
             self._hang_up()
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _RESTART_S_MAX)
-            try:
-                self._launch()
-            except OSError as error:  # no descriptors or processes left, which may pass
-                self._popen = None
-                _log.warning("keeper_not_started", error=str(error))
+            self._try_launch()
 
     def _hang_up(self) -> None:
         if self._pipe >= 0:
@@ -125,7 +128,10 @@ async def _ended(popen: subprocess.Popen[bytes]) -> int:
     """Wait for its end without a thread; its status."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
-    pidfd = os.pidfd_open(popen.pid)
+    try:
+        pidfd = os.pidfd_open(popen.pid)
+    except OSError:  # gone, and its status was taken by somebody else in this process
+        return popen.wait()
     loop.add_reader(pidfd, ended.set)
     try:
         await ended.wait()
