@@ -13,7 +13,7 @@ import pytest
 
 from agentflow import Client, InvalidRequest, LockLost, LockNotHeld, LockTimeout, wire
 from agentflow.bus import Bus
-from agentflow.errors import Disconnected
+from agentflow.errors import Disconnected, OperatingError
 from agentflow.events import LockAcquired, LockOpened, LockReleased
 from agentflow.events import LockLost as Lost
 from agentflow.frames import encode, level_headers
@@ -22,7 +22,7 @@ from agentflow.locks.held import Held
 from agentflow.log.port import Frame
 from tests.eventually import eventually
 from tests.faultproxy import FaultProxy
-from tests.servers import NatsServer
+from tests.servers import NatsServer, free_port
 
 LOCK = "db migrate: tenant/42 ✓"
 TTL_S = 2
@@ -554,3 +554,39 @@ async def create_bucket(bus: Bus, *, first_seq: int) -> None:
     config = bucket_config(wire.lock_bucket("default"), replicas=1, first_seq=first_seq)
     answer = await bus.js_api(f"STREAM.CREATE.{STREAM}", msgspec.json.encode(config), 5)
     assert b'"error"' not in answer, answer
+
+
+# Three servers -----------------------------------------------------------------------
+
+
+@pytest.mark.timeout(120)
+async def test_on_three_servers_locks_outlive_the_loss_of_one() -> None:
+    routes = [free_port() for _ in range(3)]
+    servers = [NatsServer(routes=routes, cluster_port=port) for port in routes]
+    async with contextlib.AsyncExitStack() as stack:
+        await asyncio.gather(*(stack.enter_async_context(server) for server in servers))
+        urls = [server.url for server in servers]
+        one = await eventually(functools.partial(connected, stack, urls), within_s=40)
+        two = await eventually(functools.partial(connected, stack, urls), within_s=40)
+        journal = Journal()
+        served: list[int] = []
+
+        async def contend(number: int) -> None:
+            async with (one, two)[number % 2].lock(LOCK) as held, journal.work():
+                assert journal.write(held.token, "")
+                served.append(held.token)
+
+        await asyncio.gather(*(contend(number) for number in range(10)))
+        await servers[0].kill()
+        await asyncio.gather(*(contend(number) for number in range(10)))
+        assert journal.most_inside == 1
+        assert served == sorted(served)
+        assert_exclusive(await history(one))
+
+
+async def connected(stack: contextlib.AsyncExitStack, urls: Sequence[str]) -> Client | None:
+    """A client of the cluster, or None while its servers have not found each other."""
+    try:
+        return await stack.enter_async_context(Client(urls, name="replicated", replicas=3))
+    except OperatingError:
+        return None
