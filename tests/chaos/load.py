@@ -298,7 +298,8 @@ class Load:
         mode: LockMode = self._chance.choice(("exclusive", "exclusive", "shared", "semaphore"))
         name = f"{mode if mode == 'semaphore' else 'door'}-{self._chance.randrange(_LOCKS)}"
         number = self._intend("lock", tasks=0, task=name)
-        lock = self._client.lock(name, wait_s=_LOCK_WAIT_S, ttl_s=_LOCK_TTL_S, mode=mode, permits=_PERMITS)
+        permits = _PERMITS if mode == "semaphore" else 1
+        lock = self._client.lock(name, wait_s=_LOCK_WAIT_S, ttl_s=_LOCK_TTL_S, mode=mode, permits=permits)
         try:
             async with lock as held:
                 for _ in range(self._chance.randint(1, 5)):
