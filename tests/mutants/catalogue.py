@@ -6,7 +6,8 @@ from typing import Final
 
 from tests.mutants.domain import DOMAIN
 from tests.mutants.leases import LEASES
+from tests.mutants.locks import LOCKS
 from tests.mutants.log import LOG
 from tests.mutants.nodes import NODES
 
-MUTANTS: Final = (*DOMAIN, *LOG, *LEASES, *NODES)
+MUTANTS: Final = (*DOMAIN, *LOG, *LEASES, *LOCKS, *NODES)

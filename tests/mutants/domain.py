@@ -230,4 +230,26 @@ DOMAIN: Final = (
         ("tests/unit/test_writer.py::TestFaults::test_after_doubt_a_refusal_is_not_believed",),
         quick=True,
     ),
+    Mutant(
+        "who is no master may be elected",
+        _MASTERS,
+        "    if state.level == LEVEL_FIRST:\n",
+        "    if state.level >= LEVEL_FIRST:\n",
+        ("tests/unit/test_masters.py",),
+    ),
+    Mutant(
+        "the contract level falls",
+        _MASTERS,
+        "    if event.level < state.level:\n",
+        "    if event.level < 0:\n",
+        ("tests/unit/test_levels.py::test_it_never_falls",),
+    ),
+    Mutant(
+        "two tasks run under one lock",
+        _DECIDED,
+        "    if demand.lock in state.lock_users:\n",
+        "    if demand.lock is None:\n",
+        ("tests/unit/test_locked_tasks.py::test_a_second_assignment_under_a_lock_does_not_count",),
+        quick=True,
+    ),
 )

@@ -82,7 +82,7 @@ NODES: Final = (
     ),
     Mutant(
         "a suspect runs before its start is acknowledged",
-        _WORKER,
+        "nodes/agentflow_nodes/worker/slots.py",
         "            await self._writer.write([_started(run)])\n",
         "            self._writer.say(_started(run))\n",
         ("tests/integration/test_assignments.py::test_a_suspect_runs_once_its_start_is_acknowledged",),
