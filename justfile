@@ -51,6 +51,10 @@ power-loss *arguments:
 chaos *arguments:
     python -m tests.chaos "$@"
 
+# Whole clusters on simulated time, with faults from a seed; the last line is one JSON object
+sim *arguments:
+    python -m tests.sim "$@"
+
 # Measure AgentFlow; the last line is one JSON object
 bench *arguments:
     python -m tests.bench.bench "$@"
@@ -90,3 +94,7 @@ model *arguments:
 # Switch each defence off in turn and see that a test misses it; the last line is one JSON object
 mutants *arguments:
     python -m tests.mutants.check "$@"
+
+# Change a cluster over to the next contract level while it works; the last line is one JSON object
+bench-rolling *arguments:
+    python -m tests.bench.rolling "$@"
