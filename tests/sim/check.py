@@ -39,7 +39,7 @@ from tests.sim.model import FINAL, Attempt, Check, Model, Where
 from tests.unit.dump import digest
 
 _SUBMISSIONS: Final = frozenset({TaskSubmitted.kind, WorkflowSubmitted.kind})
-SAMPLED: Final = 3
+SAMPLED: Final = 5
 """One plan in so many is made again."""
 
 

@@ -32,8 +32,12 @@ from tests.sim.network import Link, SimLog
 PATIENCE_S: Final = 5.0
 _KNOWN_MAX: Final = 400
 """Ids of its own that a client remembers, for doing something with them."""
-_FLOW_TASKS_MAX: Final = 24
+_FLOW_TASKS_MAX: Final = 30
 _REPEATS_MAX: Final = 8
+_BURSTS: Final = 12
+"""The largest bursts hand over this part of the quota."""
+_PAUSE_S: Final = 1.2
+"""Mean time between two bursts."""
 
 
 class Intent(Struct):
@@ -59,6 +63,7 @@ class SimClient:
         self._chance = cluster.chance(f"client {name} {quota}")
         self._writer = Writer(SimLog(link), name, patience_s=PATIENCE_S, nonce=cluster.nonce())
         self._left = quota
+        self._most = max(4, quota // _BURSTS)
         self._known: list[str] = []
         self._flows: list[str] = []
         self.intents: Final[list[Intent]] = []
@@ -68,7 +73,7 @@ class SimClient:
         async with self._writer:
             while self._left > 0:
                 await self._act()
-                await asyncio.sleep(self._chance.expovariate(1 / 0.7))
+                await asyncio.sleep(self._chance.expovariate(1 / _PAUSE_S))
 
     async def _act(self) -> None:
         moves = {self._submit: 12, self._submit_flow: 4, self._cancel: 2, self._reprioritize: 1}
@@ -78,7 +83,7 @@ class SimClient:
     # Submitting.
 
     async def _submit(self) -> None:
-        size = self._chance.choice((1, 1, 3, 20, 60, 200))
+        size = self._chance.choice((1, 1, 3, self._most // 4, self._most, self._most))
         terms = self._terms()
         tasks = [
             TaskSubmitted(id=self._cluster.new_id(), args=[self._body()], **terms)

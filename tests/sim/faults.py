@@ -71,9 +71,10 @@ class Faults:
             self._cut: 5,
             self._pause: 4,
             self._crash: 3,
-            self._strike_leader: 3,
+            self._strike_leader: 5,
             self._strike_worker: 3,
-            self._kill_for_good: 1,
+            self._strike_client: 2,
+            self._kill_for_good: 2,
             self._stop_server: 1,
             self._step_clock: 2,
             self._drain: 1,
@@ -100,8 +101,9 @@ class Faults:
         loop.outside(loop.time() + after_s, callback)
 
     def _storm(self) -> None:
-        name = self._some()
-        kind = self._chance.choice(list(_STORMS))
+        self._storm_over(self._some(), self._chance.choice(list(_STORMS)))
+
+    def _storm_over(self, name: str, kind: str) -> None:
         for_s = self._chance.uniform(1, 12)
         self._began(kind, name, f"{for_s:.3f}")
         self._link(name).weather = _STORMS[kind]
@@ -119,13 +121,12 @@ class Faults:
         )
 
     def _cut_off_for(self, name: str, for_s: float) -> None:
-        kind, there, back = self._chance.choice(
-            (
-                ("partition", True, True),
-                ("partition_answers", False, True),
-                ("partition_requests", True, False),
-            )
-        )
+        there, back = self._chance.choice(((True, True), (False, True), (True, False)))
+        self._cut_between(name, for_s, there=there, back=back)
+
+    def _cut_between(self, name: str, for_s: float, *, there: bool = True, back: bool = True) -> None:
+        """Both ways; or only answers are lost, and writes arrive; or only requests."""
+        kind = "partition" if there and back else "partition_requests" if there else "partition_answers"
         self._began(kind, name, f"{for_s:.3f}")
         self._link(name).cut(there=there, back=back)
         self._later(for_s, lambda: self._link(name).heal())
@@ -147,7 +148,20 @@ class Faults:
         """Whoever leads: nothing else shows so much."""
         name = self._targets.leader
         if name:
-            self._chance.choice((self._pause_for, self._cut_off))(name)
+            self._chance.choice((self._pause_for, self._cut_off, self._slow_down, self._hold_up))(name)
+
+    def _hold_up(self, name: str) -> None:
+        """What it decides arrives when somebody else leads."""
+        self._cut_between(name, self._chance.uniform(5, 9), back=False)
+
+    def _strike_client(self) -> None:
+        """Long enough that it gives up a write that was stored."""
+        names = [name for name in self._targets.names() if name.startswith("c")]
+        if names:
+            self._cut_between(self._chance.choice(names), self._chance.uniform(6, 9), there=False)
+
+    def _slow_down(self, name: str) -> None:
+        self._storm_over(name, "slow")
 
     def _strike_worker(self) -> None:
         """Long enough that it is given up, while it goes on or goes on later."""

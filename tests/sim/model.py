@@ -38,6 +38,8 @@ from agentflow.events import (
     WorkflowSubmitted,
 )
 
+VIOLATIONS_MAX: Final = 1_000
+"""More are not noted."""
 LOSSES_MAX: Final = 3
 _CPU_TOLERANCE: Final = 1e-6
 _MS_TOLERANCE: Final = 1
@@ -159,7 +161,7 @@ class Model:
     def must(self, holds: object, check: Check, *about: object) -> None:
         """One look of one check."""
         self.looked[check] += 1
-        if not holds:
+        if not holds and len(self.violations) < VIOLATIONS_MAX:
             self.violations.append(f"{check}: {' '.join(map(str, about))}")
 
     def take(self, event: Event, where: Where) -> None:  # noqa: C901, PLR0912 - it only routes
@@ -174,7 +176,7 @@ class Model:
             case TaskFailed():
                 self._failed(event, where)
             case TaskStarted():
-                self._held(event, where).started_seq = where.seq
+                self._started(event, where)
             case TaskDeclined():
                 self._unassign(self.lives[event.id], where, "ready")
             case WorkerJoined():
@@ -256,6 +258,11 @@ class Model:
         attempt.ended_seq = min(attempt.ended_seq, where.seq)
         self.incarnations[attempt.incarnation].held.pop(life.id, None)
         life.state = state
+
+    def _started(self, event: TaskStarted, where: Where) -> None:
+        attempt, life = self._held(event, where), self.lives[event.id]
+        attempt.started_seq = min(attempt.started_seq, where.seq)
+        life.suspect = life.suspect and _is_at_stake(life)
 
     def _completed(self, event: TaskCompleted, where: Where) -> None:
         self._held(event, where)
@@ -339,8 +346,9 @@ class Model:
         self.seen["workers_lost"] += 1
         for life in self._gone(incarnation, where):
             self._unassign(life, where, "ready")
-            life.losses += life.attempts[-1].started_seq != _NEVER
-            life.suspect = True
+            started = life.attempts[-1].started_seq != _NEVER
+            life.losses += started
+            life.suspect = not started or _is_at_stake(life)
             self.seen["attempts_lost"] += 1
 
     def _left(self, incarnation: int, where: Where) -> None:
@@ -353,9 +361,14 @@ def _life(name: str, work: Work, where: Where) -> Life:
     return Life(name, work.needs or Needs(), work.retry, where.seq)
 
 
+def _is_at_stake(life: Life) -> bool:
+    """Whether the next loss would be its last."""
+    return life.losses >= LOSSES_MAX - 1
+
+
 def _has_room(holder: Incarnation) -> bool:
     lives, has = holder.held.values(), holder.joined
-    suspects = sum(life.attempts[-1].suspect for life in lives)
+    suspects = sum(life.suspect for life in lives)
     return (
         len(lives) <= has.slots + has.ahead
         and suspects <= 1

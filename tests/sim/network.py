@@ -47,7 +47,7 @@ class Weather(Struct):
     """For each append: it is stored, and no answer to any attempt arrives."""
     lost_unknown: float = 0.0
     """For each append: no attempt arrives."""
-    redelivered: float = 0.0
+    redelivered: float = 0.02
     """For each delivery to a reader of everything: what came before it comes again."""
     beats_lost: float = 0.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
@@ -14,10 +14,13 @@ from unittest import mock
 
 from msgspec import Struct
 
+from agentflow import wire
 from agentflow.errors import Disconnected
+from agentflow.frames import Judged, judge
 from agentflow.leases.memory import MemoryLeaseServer
 from agentflow.limits import LEVEL
-from agentflow_nodes.master import seat
+from agentflow_nodes.master import follower, seat
+from tests.sim import worker
 from tests.sim.bodies import FUNCTIONS
 from tests.sim.check import Evidence, check
 from tests.sim.client import Intent, SimClient
@@ -37,6 +40,8 @@ REST_S_MAX: Final = 150.0
 """By when, after that, the cluster has to be at rest."""
 _LOOK_S: Final = 0.5
 _CALM_LOOKS: Final = 4
+_MESSAGES_MAX: Final = 5_000
+"""A log that is longer than this, and ten messages for each task, grows without need."""
 _BURY_S: Final = 30.0
 _DISPENSABLE: Final = ("w3", "w4")
 
@@ -88,6 +93,7 @@ class World:
         self._unrest_left = ""
         self._clients_left: dict[str, int] = {}
         self._tasks = tasks
+        self._messages_max = _MESSAGES_MAX + 10 * tasks
         self.cluster.on_killer = self._kill_for_task
 
     # Running.
@@ -175,7 +181,7 @@ class World:
             self._observed += program.observed
 
     def _start_later(self, node: _Node) -> None:
-        after_s = self._chance.uniform(0.3, 6.0)
+        after_s = 0.01 if self._chance.random() < 0.25 else self._chance.uniform(0.3, 6.0)
         self._loop.outside(self._loop.time() + after_s, self._start, node)
 
     # To be harmed.
@@ -247,7 +253,7 @@ class World:
             is_calm = stream.last_seq == last_seq and not self._unrest()
             calm = calm + 1 if is_calm else 0
             last_seq = stream.last_seq
-            if self._failures or self._loop.time() > until:
+            if self._failures or self._loop.time() > until or last_seq > self._messages_max:
                 self._unrest_left = self._unrest() or "the log still grows"
                 return
 
@@ -337,11 +343,34 @@ def _shapes(chance: Any) -> list[Shape]:
 
 @contextmanager
 def _one_machine() -> Iterator[None]:
-    """What a master says of its process must not depend on ours."""
+    """What a master says of its process must not depend on ours, and what it reads is judged once.
+
+    What a message says depends on nothing but the message. `check` judges all of them again.
+    """
     host = SimpleNamespace(gethostname=lambda: "simulated")
     process = SimpleNamespace(getpid=lambda: 1)
-    with mock.patch.object(seat, "socket", host), mock.patch.object(seat, "os", process):
+    shared = _shared_judge()
+    with (
+        mock.patch.object(seat, "socket", host),
+        mock.patch.object(seat, "os", process),
+        mock.patch.object(follower, "judge", shared),
+        mock.patch.object(worker, "judge", shared),
+    ):
         yield
+
+
+def _shared_judge() -> Callable[..., Judged]:
+    known: dict[tuple[Any, ...], Judged] = {}
+
+    def shared(subject: str, data: bytes, headers: Mapping[str, str] | None) -> Judged:
+        decision, version = (headers or {}).get(wire.DECISION), (headers or {}).get(wire.VERSION)
+        key = (subject, data, decision, version)
+        judged = known.get(key)
+        if judged is None:
+            judged = known[key] = judge(subject, data, headers)
+        return judged
+
+    return shared
 
 
 def simulate(seed: int, tasks: int = TASKS) -> Report:
