@@ -235,7 +235,7 @@ async def test_only_a_holder_renews_and_releases(clients: list[Client]) -> None:
     with pytest.raises(LockNotHeld):
         await lock.release()
     held = await lock.acquire()
-    with pytest.raises(InvalidRequest, match="held by this very Lock"):
+    with pytest.raises(InvalidRequest, match="held, or waited for, by this very Lock"):
         await lock.acquire()
     for forbidden in (other.release, other.renew, lambda: other.extend(5)):
         with pytest.raises(LockNotHeld):

@@ -65,6 +65,7 @@ class Lock:
         self._client = client
         self._options = options
         self._held: Held | None = None
+        self._acquiring = False
         self._block: _Block | None = None
         _require_sound(name, options)
 
@@ -74,19 +75,13 @@ class Lock:
         Raises LockTimeout, InvalidRequest, Disconnected (only with a limited wait),
         AppendRefused, AppendUnknown.
         """
-        if self._held is not None and self._held.is_held():
-            raise InvalidRequest(f"lock {self.name!r} is held by this very Lock (token {self._held.token})")
-        options = self._options
-        ticket = Ticket(
-            name=self.name,
-            holder=options.holder or _default_holder(self._client),
-            client=self._client,
-            mode=Mode(options.mode),
-            permits=options.permits,
-            since_ms=int(time.time() * 1_000),
-            metadata=dict(options.metadata),
-        )
-        self._held = await self._locks.acquire(ticket, options.ttl_s, wait_s)
+        if self._acquiring or (self._held is not None and self._held.is_held()):
+            raise InvalidRequest(f"lock {self.name!r} is held, or waited for, by this very Lock")
+        self._acquiring = True
+        try:
+            self._held = await self._locks.acquire(self._ticket(), self._options.ttl_s, wait_s)
+        finally:
+            self._acquiring = False
         return self._held
 
     async def try_acquire(self) -> Held | None:
@@ -119,6 +114,18 @@ class Lock:
         block, self._block = self._block, None
         assert block is not None, "left without having been entered"
         await block.leave(error)
+
+    def _ticket(self) -> Ticket:
+        options = self._options
+        return Ticket(
+            name=self.name,
+            holder=options.holder or _default_holder(self._client),
+            client=self._client,
+            mode=Mode(options.mode),
+            permits=options.permits,
+            since_ms=int(time.time() * 1_000),
+            metadata=dict(options.metadata),
+        )
 
     def _require_held(self) -> Held:
         if self._held is None:

@@ -24,8 +24,12 @@ from agentflow.leases.port import Change, Entry, Removed
 from agentflow.log.port import Message
 from agentflow.log.stream import ApiFailed, StreamInfo, ask, differences, stream_info
 
-MARKER_TTL_S: Final = 10
-"""How long a removal can be read: who was disconnected for less hears of it."""
+MARKER_TTL_S: Final = 3
+"""How long a removal can be read: who was disconnected for less hears of it.
+
+Whoever was for longer finds out when he thinks the key silent. Longer ones would make
+reading a busy line slow: each is read with it.
+"""
 
 _VALUE_BYTES_MAX: Final = 64 * 1024
 # One for each who waits. A named limit: unset means 1,000 on a current server.

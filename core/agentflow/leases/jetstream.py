@@ -188,8 +188,10 @@ class JetStreamLeases:
         between.
         """
         if last is not None and not layout.is_removed(last) and _is_ours(last, lease.nonce):
-            # An earlier write of ours that we did not hear of.
-            return replace(lease, epoch=lease.epoch or self._entry(last).epoch, revision=last.seq)
+            # An earlier write of ours that we did not hear of; but not an acquisition that was
+            # still under way when the lease was lost, and lies there now: its place is another.
+            epoch = self._entry(last).epoch
+            return replace(lease, epoch=epoch, revision=last.seq) if lease.epoch in (0, epoch) else None
         if lease.epoch:
             return None
         if last is None:

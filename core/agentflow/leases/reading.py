@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Final
 
 import msgspec
@@ -24,7 +25,7 @@ from agentflow.bus import Bus, Subscription
 from agentflow.connection import STATUS
 from agentflow.errors import Disconnected, LogGone
 from agentflow.log.port import Message
-from agentflow.log.stream import NO_STREAM, ApiFailed, ask, get_message, parse_time_ns
+from agentflow.log.stream import NO_STREAM, ApiFailed, ask, get_message
 
 _TIMEOUT_S: Final = 2.0
 _ATTEMPTS_MAX: Final = 3
@@ -38,7 +39,7 @@ _TIME: Final = "Nats-Time-Stamp"
 
 
 class Last(Struct, frozen=True):
-    """The last message of each subject under a pattern."""
+    """The last message of each subject under a pattern; removals may be left out."""
 
     revision: int
     """Nothing after it is missing that was there before."""
@@ -109,10 +110,11 @@ class _Answer:
         headers = headers or {}
         status = headers.get(STATUS, "")
         if not status:
-            time_ns = parse_time_ns(headers[_TIME])
-            self._messages.append(
-                Message(int(headers[wire.SEQUENCE]), time_ns, headers[_SUBJECT], data, headers)
-            )
+            if wire.KV_OPERATION not in headers:  # a busy line leaves many removals behind
+                time_ns = _time_ns(headers[_TIME])
+                self._messages.append(
+                    Message(int(headers[wire.SEQUENCE]), time_ns, headers[_SUBJECT], data, headers)
+                )
         elif not self.whole.done():
             # Any other status ends it without having told everything.
             whole = Last(int(headers[_UP_TO]), self._messages) if status == _END else None
@@ -150,3 +152,8 @@ async def _info(bus: Bus, stream: str, payload: dict[str, str | int]) -> _Info:
         if failed.error.err_code == NO_STREAM:
             raise LogGone(f"there is no stream {stream}") from failed
         raise Disconnected(str(failed)) from failed
+
+
+def _time_ns(text: str) -> int:
+    """Nanoseconds since 1970 of an RFC 3339 time, exact to the microsecond: ten times as fast as exact ones."""
+    return int(datetime.fromisoformat(text).timestamp() * 1e6) * 1_000

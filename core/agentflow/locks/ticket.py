@@ -112,7 +112,7 @@ class Line:
 
     def places(self) -> list[Place]:
         """All, in order."""
-        return sorted(self._places.values(), key=lambda place: place.token)
+        return sorted(self._places.values(), key=_token)
 
     def before(self, key: str) -> list[Place]:
         """Who has to be gone before the owner of `key` holds the lock; nobody: he does.
@@ -120,7 +120,9 @@ class Line:
         Of a semaphore's tickets all before his, if they leave no permit.
         """
         mine = self._places[key]
-        earlier = [place for place in self.places() if place.token < mine.token]
+        token = mine.entry.epoch
+        earlier = [place for place in self._places.values() if place.entry.epoch < token]
+        earlier.sort(key=_token)
         if mine.ticket.mode is Mode.SEMAPHORE:
             return earlier if len(earlier) >= mine.ticket.permits else []
         if mine.ticket.mode is Mode.SHARED:
@@ -138,6 +140,10 @@ class Line:
                 f"lock {mine.name!r}: {mine.in_words()} was asked for, but "
                 f"{first.holder} uses it as {first.in_words()}"
             )
+
+
+def _token(place: Place) -> int:
+    return place.entry.epoch
 
 
 def in_lines(entries: Iterable[Entry]) -> dict[str, Line]:
