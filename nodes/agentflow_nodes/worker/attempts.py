@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, structs
@@ -29,7 +29,6 @@ from agentflow.errors import AppendUnknown, Disconnected, ObjectMissing, Operati
 from agentflow.events import Event, ObjectRef, TaskAssigned, TaskCompleted, TaskDeclined, TaskFailed
 from agentflow.frames import decode_any, encode
 from agentflow.limits import DEPTH_MAX, INLINE_BYTES_MAX, TAIL_LENGTH_MAX, TEXT_LENGTH_MAX
-from agentflow.locks.held import Held
 from agentflow.log.port import Log
 from agentflow.logs import get_logger
 from agentflow.objects import ObjectStore
@@ -40,6 +39,9 @@ from agentflow_nodes.worker.functions import FunctionRunner
 from agentflow_nodes.worker.materials import BadInput, Materials, as_text
 from agentflow_nodes.worker.outcome import Completed, Failed, Kind, Outcome
 from agentflow_nodes.worker.processes import ProcessExit, ProcessRunner, shell_argv
+
+if TYPE_CHECKING:
+    from agentflow.locks.held import Held
 
 RESULT_VARIABLE: Final = "AGENTFLOW_RESULT"
 LOCK_VARIABLE: Final = "AGENTFLOW_LOCK"
@@ -60,6 +62,8 @@ class Run(Struct):
     started_at_ms: int
     started: float
     """Monotonic, seconds."""
+    begun: bool = True
+    """False while it waits for its lock."""
     announced: bool = False
     why: str = ""
     """Why it is being ended: "timeout", or what a stop said."""
@@ -71,6 +75,12 @@ class Run(Struct):
     """The lock it runs under."""
     told: asyncio.Future[int] | None = None
     """Its outcome's way into the log, if a lock waits for that."""
+
+    def begin(self) -> None:
+        """Its time runs from here on."""
+        self.started_at_ms = time.time_ns() // 1_000_000
+        self.started = time.monotonic()
+        self.begun = True
 
 
 class Attempts:

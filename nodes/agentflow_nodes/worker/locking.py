@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Final
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
 
 from agentflow.bus import Bus
 from agentflow.ending import end_tasks
 from agentflow.errors import AgentFlowError, LockTimeout
 from agentflow.events import TaskAssigned
-from agentflow.locks.bucket import open_locks
-from agentflow.locks.held import Held
-from agentflow.locks.service import Locks
-from agentflow.locks.ticket import Ticket
 from agentflow.log.port import Log
 from agentflow.logs import get_logger
 from agentflow.writer import Writer
+
+if TYPE_CHECKING:
+    from agentflow.locks.held import Held
+    from agentflow.locks.service import Locks
 
 TTL_S: Final = 10
 """A worker silent for so long has lost its locks."""
@@ -41,14 +42,25 @@ class TaskLocks:
     """The locks of one worker's attempts."""
 
     def __init__(self, bus: Bus, log: Log, writer: Writer, worker: str) -> None:
-        self._locks = Locks(lambda: open_locks(bus, log), writer.write)
+        self._bus = bus
+        self._log = log
+        self._writer = writer
         self._worker = worker
         self._releasing: set[asyncio.Task[None]] = set()
+
+    @cached_property
+    def _locks(self) -> Locks:
+        """Acquires locks; loaded with the first task that names one."""
+        from agentflow.locks.bucket import open_locks  # noqa: PLC0415 - most workers need none
+        from agentflow.locks.service import Locks  # noqa: PLC0415 - see above
+
+        return Locks(lambda: open_locks(self._bus, self._log), self._writer.write)
 
     async def close(self) -> None:
         """Give back what is still held, and wait for that, not for long."""
         await self.settled()
-        await self._locks.close()
+        if "_locks" in self.__dict__:
+            await self._locks.close()
 
     async def settled(self) -> None:
         """Wait, not for long, until what is being given back has been."""
@@ -58,6 +70,8 @@ class TaskLocks:
 
     async def acquire(self, assigned: TaskAssigned) -> Held:
         """Hold the lock an assignment names. Raises NotHeld."""
+        from agentflow.locks.ticket import Ticket  # noqa: PLC0415 - as above
+
         name = assigned.lock
         ticket = Ticket(
             name=name,

@@ -10,16 +10,18 @@ import contextvars
 import time
 from collections import deque
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from agentflow.events import Event, TaskAssigned, TaskCompleted, TaskStarted, TaskStop
 from agentflow.limits import TEXT_LENGTH_MAX
-from agentflow.locks.held import Held
 from agentflow.logs import get_logger
 from agentflow.writer import Writer
 from agentflow_nodes.worker.attempts import Attempts, Run, declined, failed
 from agentflow_nodes.worker.locking import NotHeld, TaskLocks
 from agentflow_nodes.worker.outcome import Failed
+
+if TYPE_CHECKING:
+    from agentflow.locks.held import Held
 
 STARTED_AFTER_S: Final = 0.1
 """An attempt that runs this long is announced with `task.started`: a person may look."""
@@ -119,7 +121,7 @@ class Slots:
             await asyncio.sleep(SWEEP_S)
             before = time.monotonic() - STARTED_AFTER_S
             for run in list(self._running.values()):
-                if not run.announced and run.started < before and not run.over:
+                if not run.announced and run.begun and run.started < before and not run.over:
                     run.announced = True
                     self._writer.say(_started(run))
 
@@ -193,6 +195,7 @@ class Slots:
             self._report(run, declined(run.assigned, str(error)[:TEXT_LENGTH_MAX]))
             return False
         held.on_lost(partial(self._lock_lost, run, held))
+        run.begin()
         return True
 
     def _lock_lost(self, run: Run, held: Held) -> None:
@@ -239,7 +242,7 @@ class Slots:
 
 def run_of(assigned: TaskAssigned) -> Run:
     """An attempt that begins now."""
-    return Run(assigned, time.time_ns() // 1_000_000, time.monotonic())
+    return Run(assigned, time.time_ns() // 1_000_000, time.monotonic(), begun=not assigned.lock)
 
 
 def _started(run: Run) -> TaskStarted:
