@@ -32,6 +32,7 @@ from agentflow.events import (
     WorkflowCompleted,
 )
 from agentflow.log.port import Log
+from agentflow.log.stream import cut_off
 from agentflow.logs import get_logger
 from agentflow.notices import (
     DUPLICATE,
@@ -284,7 +285,10 @@ class Waiting:
     async def _check_log(self) -> None:
         """Nobody answers: perhaps because the log is gone, and then nobody ever will."""
         try:
-            await self._log.identity()
+            found = await self._log.identity()
+            for handle in self._waits:
+                if 0 < handle.seq < found.first_seq:
+                    handle.fail(cut_off(found, handle.seq))
         except LogGone as gone:
             self._fail_all(gone)
         except OperatingError as error:

@@ -21,8 +21,8 @@ from typing import Any, Final
 from agentflow.bus import Bus, Subscription
 from agentflow.connection import Headers
 from agentflow.errors import Disconnected, LogGone
-from agentflow.log.port import Identity, Message
-from agentflow.log.stream import RECOVERY, ApiFailed, StreamInfo, ask, check_same, stream_info
+from agentflow.log.port import Message
+from agentflow.log.stream import RECOVERY, ApiFailed, StreamInfo, ask, cut_off, same_stream
 from agentflow.logs import get_logger
 
 _HEARTBEAT_S: Final = 1.0
@@ -145,17 +145,16 @@ class _Reader:
     async def _check(self) -> None:
         """Raises LogGone if this is not the log we read any more, Disconnected if nobody can say."""
         seen = self._last_seq
-        found = (await stream_info(self._bus, self._opened.name, _API_TIMEOUT_S)).identity
-        check_same(self._opened, found, seen)
-        cut_off = found.last_seq > seen and found.first_seq > seen + 1
-        if cut_off and not self._subjects:
-            raise LogGone(_cut_off(found, seen + 1))
+        found = await same_stream(self._bus, self._opened, seen, _API_TIMEOUT_S)
+        purged = found.last_seq > seen and found.first_seq > seen + 1
+        if purged and not self._subjects:
+            raise cut_off(found, seen + 1)
         if self._compacted:
             return
         # What lies before the place where reading began may be trimmed, once it is not needed any more.
         needed = max(self._first_seq, self._started_after + 1)
         if self._first_seq and found.first_seq > needed:
-            raise LogGone(_cut_off(found, needed))
+            raise cut_off(found, needed)
         self._first_seq = found.first_seq
 
     async def _watch_log(self) -> None:
@@ -289,7 +288,3 @@ class _Reader:
         if name is not None and self._bus.connected:
             with contextlib.suppress(Disconnected):
                 self._bus.publish(f"$JS.API.CONSUMER.DELETE.{self._opened.name}.{name}", b"")
-
-
-def _cut_off(found: Identity, wanted: int) -> str:
-    return f"stream {found.name} was purged: it begins at {found.first_seq}, {wanted} is wanted; {RECOVERY}"

@@ -45,11 +45,11 @@ from agentflow.log.stored import DUPLICATE_WINDOW_S, headers_of, is_stored_as, m
 from agentflow.log.stream import (
     MESSAGE_BYTES_MAX,
     StreamInfo,
-    check_same,
     get_message,
     log_config,
     open_stream,
     parse_time_ns,
+    same_stream,
     stream_info,
     went_back,
 )
@@ -103,6 +103,8 @@ class JetStreamLog:
         self._publisher = Publisher(bus)
         self._opened: StreamInfo | None = None
         self._last_known = 0
+        self._gone: LogGone | None = None
+        """Set once this is known to be another log: nothing is written into it any more."""
 
     async def __aenter__(self) -> Self:
         await self._bus.wait_connected(_OPEN_TIMEOUT_S)
@@ -134,9 +136,12 @@ class JetStreamLog:
 
     async def identity(self) -> Identity:
         """The stream's identity and extent now; see the port."""
-        known = self._last_known
-        found = (await stream_info(self._bus, self._stream, _READ_TIMEOUT_S)).identity
-        check_same(self._open().identity, found, known)
+        opened = self._open().identity
+        try:
+            found = await same_stream(self._bus, opened, self._last_known, _READ_TIMEOUT_S)
+        except LogGone as gone:
+            self._gone = gone
+            raise
         self._last_known = max(self._last_known, found.last_seq)
         return found
 
@@ -195,6 +200,8 @@ class JetStreamLog:
         self, frames: Sequence[Frame], fence: Fence | None, timeout_s: float, in_doubt_after: int | None
     ) -> Appended:
         assert frames, "nothing to append"
+        if self._gone is not None:
+            raise self._gone
         assert all(frame.subject.startswith(self._prefix) for frame in frames), frames[0].subject
         refused = oversize(frames)
         if refused is not None:
@@ -240,7 +247,8 @@ class JetStreamLog:
         if ack.duplicate:
             return await self._judge_duplicate(write, ack.seq)
         if ack.seq <= write.last_known:
-            raise LogGone(went_back(self._stream, ack.seq, write.last_known))
+            self._gone = LogGone(went_back(self._stream, ack.seq, write.last_known))
+            raise self._gone
         self._last_known = max(self._last_known, ack.seq)
         return Done(ack.seq)
 

@@ -246,6 +246,16 @@ async def stream_info(bus: Bus, name: str, timeout_s: float) -> StreamInfo:
     return info
 
 
+async def same_stream(bus: Bus, opened: Identity, last_known: int, timeout_s: float) -> Identity:
+    """The identity and extent of a stream that was opened before. Raises LogGone, Disconnected."""
+    try:
+        found = (await stream_info(bus, opened.name, timeout_s)).identity
+    except LogGone as gone:
+        raise LogGone(f"{gone} any more, {last_known} was seen in it; {RECOVERY}") from gone
+    check_same(opened, found, last_known)
+    return found
+
+
 def check_same(opened: Identity, found: Identity, last_known: int) -> None:
     """Raise LogGone unless what is found is what was opened, and all that was known is there."""
     if found.created_ns != opened.created_ns:
@@ -263,6 +273,13 @@ RECOVERY: Final = "restore it from a backup, or start all nodes anew, with nothi
 def went_back(name: str, found: int, known: int) -> str:
     """The words for a log that lost its end."""
     return f"stream {name} went back: it ends at {found}, {known} was seen; {RECOVERY}"
+
+
+def cut_off(found: Identity, wanted: int) -> LogGone:
+    """The error of a log that lost what is wanted of its beginning."""
+    return LogGone(
+        f"stream {found.name} was purged: it begins at {found.first_seq}, {wanted} is wanted; {RECOVERY}"
+    )
 
 
 def _shown(time_ns: int) -> str:
