@@ -214,6 +214,8 @@ async def test_the_locks_of_a_namespace_are_listed(clients: list[Client]) -> Non
     [
         ("", {}),
         ("x" * 201, {}),
+        ("x\0", {}),
+        ("\ud800", {}),
         ("x", {"mode": "semaphore", "permits": 0}),
         ("x", {"permits": 2}),
         ("x", {"mode": "greedy"}),

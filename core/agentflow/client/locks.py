@@ -188,15 +188,23 @@ def _default_holder(client: str) -> str:
     return f"{client}@{socket.gethostname()}:{os.getpid()}"
 
 
+def _is_text(value: object) -> bool:
+    """Whether it can be written as JSON text and read again by everybody."""
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode()
+    except UnicodeEncodeError:  # half of a character
+        return False
+
+
 def _require_sound(name: str, options: LockOptions) -> None:
     """Raise InvalidRequest for what the contract does not take."""
     if options.mode != "semaphore" and options.permits != 1:
         raise InvalidRequest(f"permits={options.permits} is for mode='semaphore', not {options.mode!r}")
     if options.ttl_s != int(options.ttl_s):
         raise InvalidRequest(f"ttl_s={options.ttl_s}: whole seconds are expected")
-    for key, value in options.metadata.items():
-        if not (isinstance(key, str) and isinstance(value, str)):
-            raise InvalidRequest(f"metadata must be texts by text, found {key!r}: {value!r}")
+    for text in (name, options.holder, *options.metadata, *options.metadata.values()):
+        if not _is_text(text):
+            raise InvalidRequest(f"name, holder and metadata must be texts without NUL, found {text!r}")
     event = LockAcquired(
         name=name,
         token=1,

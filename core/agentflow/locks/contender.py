@@ -85,11 +85,13 @@ class Contender:
         lease = Lease(self._key, b"", self._ttl_s, self._nonce, epoch=0, revision=0, deadline=0.0)
         if self._keeper is not None:
             lease = await self._keeper.stop()
-        if self._granting:
-            # Whether `lock.acquired` is in the log or not, this comes after it.
-            event = LockReleased(name=self._ticket.name, token=lease.epoch, holder=self._ticket.holder)
-            await self._write([event])
-        await self._leases.release(lease)
+        try:
+            if self._granting:
+                # Whether `lock.acquired` is in the log or not, this comes after it.
+                event = LockReleased(name=self._ticket.name, token=lease.epoch, holder=self._ticket.holder)
+                await self._write([event])
+        finally:
+            await self._leases.release(lease)
 
     async def _come(self) -> Lease:
         """Create the ticket, under one nonce for however long that takes."""

@@ -1,0 +1,176 @@
+"""The line of a lock: who has to go before whom; and the way through it, on a bucket in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentflow import wire
+from agentflow.errors import InvalidRequest, LockTimeout
+from agentflow.events import Event, LockAcquired, LockReleased
+from agentflow.leases.memory import Fault, MemoryLeases, MemoryLeaseServer
+from agentflow.leases.port import Entry, Removed, Snapshot
+from agentflow.locks.bucket import Opened
+from agentflow.locks.service import Locks
+from agentflow.locks.ticket import Line, Mode, Ticket, in_lines
+
+NAME = "a lock"
+
+
+def entry(token: int, mode: Mode = Mode.EXCLUSIVE, permits: int = 1, *, revision: int = 0) -> Entry:
+    """A ticket in the bucket, under the key of its token."""
+    ticket = Ticket(name=NAME, holder=f"h{token}", mode=mode, permits=permits)
+    key = wire.lock_key(NAME, str(token))
+    return Entry(key, ticket.encoded(), ttl_s=10, epoch=token, revision=revision or token, seen=0.0)
+
+
+def line(*entries: Entry) -> Line:
+    """A line as read."""
+    made = Line()
+    made.learn(Snapshot(99, entries))
+    return made
+
+
+def before(made: Line, token: int) -> list[int]:
+    """The tokens that have to go before one."""
+    return [place.token for place in made.before(wire.lock_key(NAME, str(token)))]
+
+
+def test_an_exclusive_ticket_waits_for_all_earlier_ones() -> None:
+    made = line(entry(3), entry(1, Mode.SHARED), entry(2))
+    assert [before(made, token) for token in (1, 2, 3)] == [[], [1], [1, 2]]
+
+
+def test_a_shared_ticket_waits_for_earlier_exclusive_ones() -> None:
+    made = line(*(entry(n, Mode.SHARED) for n in (1, 2, 4)), entry(3))
+    assert [before(made, token) for token in (1, 2, 3, 4)] == [[], [], [1, 2], [3]]
+
+
+def test_a_semaphore_lets_in_as_many_as_it_has_permits() -> None:
+    made = line(*(entry(n, Mode.SEMAPHORE, 2) for n in (1, 2, 3, 4)))
+    assert [bool(before(made, token)) for token in (1, 2, 3, 4)] == [False, False, True, True]
+
+
+def test_an_expiry_is_no_removal() -> None:
+    made = line(entry(1), entry(2))
+    made.apply(Removed(wire.lock_key(NAME, "1"), 7, expired=True))
+    assert before(made, 2) == [1]
+    made.apply(Removed(wire.lock_key(NAME, "1"), 8))
+    assert before(made, 2) == []
+
+
+def test_what_was_seen_before_stays_seen_then() -> None:
+    made = line(entry(1))
+    late = Entry(wire.lock_key(NAME, "1"), entry(1).value, 10, epoch=1, revision=1, seen=9.0)
+    made.apply(late)
+    assert made.places()[0].entry.seen == 0.0
+    made.apply(Entry(late.key, late.value, 10, epoch=1, revision=5, seen=9.0))
+    assert made.places()[0].entry.seen == 9.0
+
+
+def test_a_ticket_missing_in_a_later_reading_is_kept() -> None:
+    made = line(entry(1), entry(2))
+    made.learn(Snapshot(100, [entry(2)]))
+    assert before(made, 2) == [1], "it may have expired, which is no removal"
+
+
+def test_the_first_in_line_says_what_kind_of_lock_it_is() -> None:
+    made = line(
+        entry(1, Mode.SEMAPHORE, 3), entry(2), entry(3, Mode.SEMAPHORE, 3), entry(4, Mode.SEMAPHORE, 2)
+    )
+    made.require_agreement(wire.lock_key(NAME, "3"))
+    with pytest.raises(InvalidRequest, match="exclusive access was asked for, but h1 uses it as a semaphore"):
+        made.require_agreement(wire.lock_key(NAME, "2"))
+    with pytest.raises(InvalidRequest, match=r"2 permits was asked for, but h1 .* 3 permits"):
+        made.require_agreement(wire.lock_key(NAME, "4"))
+
+
+def test_what_is_no_ticket_blocks_until_it_is_silent_and_is_not_listed() -> None:
+    foreign = Entry(wire.lock_key(NAME, "x"), b"by hand", 60, epoch=1, revision=1, seen=0.0)
+    assert before(line(foreign, entry(2)), 2) == [1]
+    assert in_lines([foreign]) == {}
+
+
+@given(
+    st.text(min_size=1, max_size=200).filter(lambda name: name.isprintable()),
+    st.text(min_size=1, max_size=200),
+)
+def test_any_name_makes_one_token_of_its_own(one: str, two: str) -> None:
+    with contextlib.suppress(UnicodeEncodeError):
+        tokens = [wire.lock_key(name, "t").split(".") for name in (one, two)]
+        assert all(len(token) == 2 and token[1] == "t" for token in tokens)
+        assert (tokens[0] == tokens[1]) == (one == two)
+        assert wire.lock_keys(one) == f"{tokens[0][0]}.*"
+
+
+class Said:
+    """A log of what holders say."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    async def write(self, events: list[Event]) -> int:
+        """Keep it."""
+        await asyncio.sleep(0)
+        self.events += events
+        return len(self.events)
+
+
+def locks_on(server: MemoryLeaseServer, said: Said, name: str) -> Locks:
+    """The locks of one process."""
+
+    async def opened() -> Opened:
+        leases = MemoryLeases(server, "locks", name=name)
+        await leases.__aenter__()
+        return Opened(leases, 0, 0.0)
+
+    return Locks(opened, said.write)
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_lost_answers_and_writes_neither_let_two_in_nor_anybody_starve(seed: int) -> None:
+    dice = random.Random(seed)
+    server, said = MemoryLeaseServer(time.monotonic), Said()
+    inside: list[str] = []
+
+    async def contend(name: str) -> None:
+        locks = locks_on(server, said, name)
+        for _ in range(3):
+            server.inject(*dice.choices([Fault.ANSWER_LOST, Fault.WRITE_LOST], k=dice.randrange(3)))
+            held = await locks.acquire(Ticket(name=NAME, holder=name), 1, None)
+            assert inside == []
+            inside.append(name)
+            await asyncio.sleep(0)
+            inside.remove(name)
+            await held.release()
+        await locks.close()
+
+    await asyncio.gather(*(contend(f"p{number}") for number in range(4)))
+    acquired = [event.token for event in said.events if isinstance(event, LockAcquired)]
+    assert acquired == sorted(acquired)
+    assert len(acquired) >= 12
+
+
+async def test_in_a_bucket_made_again_nobody_is_granted_anything_at_first() -> None:
+    server, said, now = MemoryLeaseServer(time.monotonic), Said(), time.monotonic()
+
+    async def opened() -> Opened:
+        leases = MemoryLeases(server, "locks", first_seq=2 << 32)
+        await leases.__aenter__()
+        return Opened(leases, 2, now + 0.3)
+
+    locks = Locks(opened, said.write)
+    with pytest.raises(LockTimeout, match="its bucket was lost"):
+        await locks.acquire(Ticket(name=NAME, holder="a"), 10, 0)
+    held = await locks.acquire(Ticket(name=NAME, holder="a"), 10, None)
+    assert time.monotonic() >= now + 0.3
+    assert held.token >> 32 == 2
+    await held.release()
+    await locks.close()
+    assert [type(event) for event in said.events] == [LockAcquired, LockReleased]
