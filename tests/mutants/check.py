@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.mutants.catalogue import MUTANTS
-from tests.mutants.harness import HarnessError, copy_of_tree, is_killed, judge_baseline, mutate, run_tests
+from tests.mutants.harness import HarnessError, copy_of_tree, is_killed, red_before, mutate, run_tests
 from tests.mutants.mutant import Mutant, Stale
 
 
@@ -38,7 +38,7 @@ class Verdict(Struct, frozen=True):
 
 
 def check(mutants: Sequence[Mutant], progress: Console) -> Iterator[Verdict]:
-    """A verdict on each mutant. Raises HarnessError if the tests are red before."""
+    """A verdict on each mutant. Raises HarnessError if the tests do not run at all."""
     with copy_of_tree() as tree:
         fresh: list[Mutant] = []
         for mutant in mutants:
@@ -51,7 +51,11 @@ def check(mutants: Sequence[Mutant], progress: Console) -> Iterator[Verdict]:
             return
         tests = sorted({test for mutant in fresh for test in mutant.tests})
         progress.print(f"{len(tests)} tests without any mutation …", style="dim")
-        judge_baseline(tree, run_tests(tree, tests))
+        red = red_before(tree, run_tests(tree, tests))
+        spoilt = [mutant for mutant in fresh if _touched(mutant, red)]
+        for mutant in spoilt:
+            yield Verdict(mutant, "broken", 0.0, f"red before any mutation: {_touched(mutant, red)}")
+        fresh = [mutant for mutant in fresh if mutant not in spoilt]
         progress.print(f"{len(fresh)} mutants …", style="dim")
         # Tests of a real edge want the machine for themselves.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -59,6 +63,11 @@ def check(mutants: Sequence[Mutant], progress: Console) -> Iterator[Verdict]:
         for mutant in fresh:
             if not _is_unit(mutant):
                 yield _judge(tree, mutant)
+
+
+def _touched(mutant: Mutant, red: set[str]) -> list[str]:
+    """Which of the red tests are among a mutant's."""
+    return sorted(name for name in red if name.startswith(mutant.tests))
 
 
 def _is_unit(mutant: Mutant) -> bool:

@@ -141,7 +141,7 @@ DOMAIN: Final = (
     Mutant(
         "what a lost worker held is no suspect",
         _STEPS,
-        "        task.suspect = True\n",
+        "        task.suspect = not task.started or is_at_stake(state, task)\n",
         "",
         _fold("a_lost_worker_leaves_suspects"),
     ),

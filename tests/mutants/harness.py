@@ -102,11 +102,12 @@ def _environment(copy: Path, report: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, REPORT_VARIABLE: str(report)}
 
 
-def judge_baseline(copy: Path, run: Run) -> None:
-    """Raises HarnessError unless all is green, and all of it from the copy."""
+def red_before(copy: Path, run: Run) -> set[str]:
+    """The tests that are red without any mutation. Raises HarnessError if the run says nothing of them."""
     _check_origin(copy, run)
-    if run.status != 0:
-        raise HarnessError(f"red before any mutation: {run.failed}\n{run.end_of_output()}")
+    if run.status not in {0, _TESTS_FAILED} or (run.status and not run.failed):
+        raise HarnessError(f"the tests did not run\n{run.end_of_output()}")
+    return set(run.failed)
 
 
 def is_killed(copy: Path, mutant: Mutant) -> bool:

@@ -19,8 +19,8 @@ LOCKS: Final = (
     Mutant(
         "nobody waits for those who came first",
         _TICKET,
-        "if place.token < mine.token]",
-        "if place.token < 0]",
+        "if place.entry.epoch < token]",
+        "if place.entry.epoch < 0]",
         _locks("contenders_exclude_each_other"),
     ),
     Mutant(
