@@ -330,6 +330,13 @@ class TestDrained:
             assert up.stop() == 0
 
 
+async def test_a_task_is_handed_over_with_the_lock_it_wants(cluster: Cluster, cli: Cli) -> None:
+    await cluster.leader()
+    await cluster.worker()
+    out, _ = await cli.run("submit", "--lock", "stock", "--shell", "echo under $AGENTFLOW_LOCK", "--wait")
+    assert out == "under stock\n"
+
+
 class TestQuarantine:
     async def _kill_until_given_up(
         self, cluster: Cluster, client: agentflow.Client, task_id: str, folder: Path, lives: int

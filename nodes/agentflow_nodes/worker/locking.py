@@ -59,14 +59,14 @@ class TaskLocks:
     async def close(self) -> None:
         """Give back what is still held, and wait for that, not for long."""
         await self.settled()
+        await end_tasks(*self._releasing)
         if "_locks" in self.__dict__:
             await self._locks.close()
 
     async def settled(self) -> None:
         """Wait, not for long, until what is being given back has been."""
         if self._releasing:
-            _, left = await asyncio.wait(set(self._releasing), timeout=_RELEASE_S)
-            await end_tasks(*left)
+            await asyncio.wait(set(self._releasing), timeout=_RELEASE_S)
 
     async def acquire(self, assigned: TaskAssigned) -> Held:
         """Hold the lock an assignment names. Raises NotHeld."""
