@@ -15,7 +15,9 @@ KNOWN_ID_IN_BATCH: Final = 10201
 # Repeating must end while the server surely remembers the message ids.
 _REPEAT_S_MAX: Final = DUPLICATE_WINDOW_S - 20.0
 _TOO_MANY_REQUESTS: Final = 429
-_NO_QUORUM: Final = "the server is too busy, or cannot reach a majority of the servers that hold the log"
+_NO_QUORUM: Final = (
+    "the server is too busy, its disk is full or broken, or it cannot reach a majority of the servers"
+)
 _REASONS: Final = {
     10071: Reason.FENCED,
     10164: Reason.BUSY,  # another write under this fence is in flight (replicated streams)
