@@ -191,6 +191,24 @@ class LeasesConformance:
 
     # Evicting.
 
+    async def test_a_delayed_acquisition_of_ones_own_is_not_taken_for_the_lease_that_was_lost(
+        self, harness: Harness
+    ) -> None:
+        """It was still under way when the lease was lost, and arrives after somebody else has held it."""
+        first = await harness.leases.acquire(KEY, b"a", SHORT_S, nonce="aaaa")
+        assert first is not None
+        await harness.pass_ttl(first)
+        second = await harness.other.acquire(KEY, b"b", LONG_S)
+        assert second is not None
+        await harness.other.release(second)
+        late = await harness.leases.acquire(KEY, b"a", LONG_S, nonce="aaaa")
+        assert late is not None
+        assert late.epoch > second.epoch > first.epoch
+        assert await harness.leases.renew(first) is None
+        renewed = await harness.leases.renew(late)
+        assert renewed is not None
+        assert renewed.epoch == late.epoch
+
     async def test_an_evicted_holder_cannot_renew(self, harness: Harness) -> None:
         lease = await held(harness.leases)
         assert await harness.other.evict(await seen(harness.other))

@@ -326,7 +326,9 @@ class MemoryLeases:
     def _ours(self, lease: Lease) -> int:
         """The revision to write upon: that of our own last write, heard of or not. Raises LogGone."""
         last = self._bucket().last(lease.key)
-        ours = last is not None and not last.removed and (last.nonce, last.epoch) == (lease.nonce, lease.epoch)
+        ours = (
+            last is not None and not last.removed and (last.nonce, last.epoch) == (lease.nonce, lease.epoch)
+        )
         return last.revision if ours and last is not None else lease.revision
 
     def _bucket(self) -> MemoryBucket:
