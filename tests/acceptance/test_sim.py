@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,6 +16,14 @@ from tests.sim.model import Check
 from tests.sim.world import Report, simulate
 
 SEED = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Iterator[None]:
+    """What the nodes log of simulated faults is of no interest, and takes most of the time."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +80,7 @@ def test_the_last_line_is_one_json_object() -> None:
     assert summary["faults"] == sum(summary["fault_kinds"].values()) > 0
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: Bug) -> None:
     for seed in range(1, bug.seeds + 1):

@@ -200,10 +200,14 @@ class SimWorker:
             wire.event(namespace, WorkerJoined.kind, name),
             wire.event(namespace, WorkerLost.kind, "*"),
         ]
-        async for messages in self._log.follow(self._incarnation, subjects=subjects):
+        async for messages in self._log.follow(self._reads_after(), subjects=subjects):
             for message in messages:
                 self._on_message(message)
             self._fill()
+
+    def _reads_after(self) -> int:
+        """What came before it joined is not its business."""
+        return self._incarnation
 
     def _on_message(self, message: Message) -> None:
         judged = judge(message.subject, message.data, message.headers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
@@ -342,7 +342,7 @@ def _shapes(chance: Any) -> list[Shape]:
 
 
 @contextmanager
-def _one_machine() -> Iterator[None]:
+def _one_machine() -> Generator[None]:
     """What a master says of its process must not depend on ours, and what it reads is judged once.
 
     What a message says depends on nothing but the message. `check` judges all of them again.
