@@ -17,6 +17,7 @@ from tests.chaos.__main__ import CI
 from tests.chaos.options import Options
 from tests.chaos.record import LOG
 from tests.chaos.schedule import LEAD_IN_S, plan, possible
+from tests.eventually import eventually
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +56,7 @@ def test_what_continuous_integration_runs_is_enough() -> None:
 
 
 @pytest.mark.timeout(300)
-def test_a_short_run_breaks_nothing_and_can_be_audited_again(tmp_path: Path) -> None:
+async def test_a_short_run_breaks_nothing_and_can_be_audited_again(tmp_path: Path) -> None:
     arguments = (
         "--seed",
         "5",
@@ -76,7 +77,7 @@ def test_a_short_run_breaks_nothing_and_can_be_audited_again(tmp_path: Path) -> 
     (folder,) = tmp_path.iterdir()
     assert (folder / LOG).stat().st_size > 100_000
     assert audit.main(folder) == 0
-    assert not _left_running(folder)
+    await eventually(lambda: not _left_running(folder))
 
 
 def _left_running(folder: Path) -> list[int]:
@@ -112,7 +113,8 @@ def test_a_tampered_log_is_found(tmp_path: Path) -> None:
     assert audit.main(folder) > 0
 
 
-def test_who_interrupts_it_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.timeout(120)
+async def test_who_interrupts_it_leaves_nothing_behind(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "tests.chaos", "--minutes", "5", "--keep", str(tmp_path))
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         while not list(tmp_path.glob("*/run.json")):
@@ -120,4 +122,4 @@ def test_who_interrupts_it_leaves_nothing_behind(tmp_path: Path) -> None:
         running.send_signal(signal.SIGINT)
         running.communicate(timeout=30)
     (folder,) = tmp_path.iterdir()
-    assert not _left_running(folder)
+    await eventually(lambda: not _left_running(folder))

@@ -167,6 +167,9 @@ class Audit:
             "unknown_to_clients": "select count(*) from sub where result = 'unknown'",
             "locks": "select count(*) from lock where kind = 'lock.acquired' and verdict = 'applied'",
             "locks_lost": "select count(*) from lock where kind = 'lock.lost' and verdict = 'applied'",
+            "late_releases": "select count(*) from lock r join lock a on a.kind = 'lock.acquired'"
+            " and a.name = r.name and a.token > r.token and a.pos < r.pos and a.mode = 'exclusive'"
+            " where r.kind = 'lock.released'",
             "stale_writes_refused": "select count(*) from fx where what = 'refused'",
             "restarts": "select count(*) from exited where node not like 'client-%'",
         }

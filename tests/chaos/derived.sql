@@ -36,3 +36,10 @@ with stay as (
 select incarnation, pos, 1 as change from stay
 union all
 select incarnation, over, -1 from stay where over is not null;
+
+-- How long holders could be certain of their locks, by the machine's monotonic clock.
+create or replace table certain as
+select b.task as name, b.token, b.mono_ns as began, e.mono_ns as ended, l.mode, l.permits from fx b
+join fx e on e.what = 'held' and e.task = b.task and e.token = b.token
+join lock l on l.kind = 'lock.acquired' and l.name = b.task and l.token = b.token
+where b.what = 'hold';

@@ -132,26 +132,20 @@ select seq, epoch, before from (
 where epoch <> before + 1
 
 -- name: I09a_lock_held_twice
--- While somebody has a lock and gives it back only later, nobody takes it, unless both share it.
+-- As long as somebody can be certain of a lock nobody else gets it, unless both share it.
 -- part: lock
--- looked: select count(*) from lock where kind = 'lock.acquired' and mode in ('exclusive', 'shared')
-select a.name, a.token, a.mode, b.token as other, b.mode as other_mode, b.pos // 8192 as seq from lock a
-join lock r on r.kind = 'lock.released' and r.name = a.name and r.token = a.token and r.verdict = 'applied'
-join lock b on b.kind = 'lock.acquired' and b.name = a.name and b.token <> a.token and b.verdict = 'applied'
-    and b.pos > a.pos and b.pos < r.pos
-where a.kind = 'lock.acquired' and a.verdict = 'applied' and a.mode in ('exclusive', 'shared')
-and (a.mode = 'exclusive' or b.mode = 'exclusive')
+-- looked: select count(*) from certain where mode in ('exclusive', 'shared')
+select a.name, a.token, a.mode, b.token as other, b.mode as other_mode, a.ended - b.began as ns from certain a
+join certain b on b.name = a.name and b.token <> a.token and b.began > a.began and b.began < a.ended
+where a.mode in ('exclusive', 'shared') and (a.mode = 'exclusive' or b.mode = 'exclusive')
 
 -- name: I09d_more_holders_than_permits
--- A semaphore has at most as many holders, who all give it back later, as it has permits.
+-- No more can be certain of a semaphore at once than it has permits.
 -- part: lock
--- looked: select count(*) from lock where kind = 'lock.acquired' and mode = 'semaphore'
-select b.name, b.token, count(*) as holders from lock b
-join lock a on a.kind = 'lock.acquired' and a.name = b.name and a.verdict = 'applied' and a.pos <= b.pos
-join lock r on r.kind = 'lock.released' and r.name = a.name and r.token = a.token and r.verdict = 'applied'
-    and r.pos > b.pos
-where b.kind = 'lock.acquired' and b.mode = 'semaphore' and b.verdict = 'applied'
-group by b.name, b.token, b.permits having count(*) > b.permits
+-- looked: select count(*) from certain where mode = 'semaphore'
+select b.name, b.token, count(*) as holders from certain b
+join certain a on a.name = b.name and a.began <= b.began and a.ended > b.began
+where b.mode = 'semaphore' group by b.name, b.token, b.permits having count(*) > b.permits
 
 -- name: I09e_lower_token_written
 -- Where locks guard something, tokens never go back.

@@ -78,7 +78,7 @@ class Liveness:
         self._journal.write(what=what, ok=not wrong, detail=wrong[:_SHOWN])
 
     async def _clients_ended(self) -> str:
-        going = [node.name for node in self._cluster.clients if node.running]
+        going = [node.name for node in self._cluster.clients if not node.done]
         return f"still at it: {going}" if going else ""
 
     async def _all_ended(self) -> str:

@@ -1,5 +1,7 @@
 """One client of a campaign, in a process of its own: `python -m tests.chaos.load`.
 
+Killed and started again it goes on where its journal ends; what was under way then stays unknown.
+
 It writes what it is about to do into its journal before it does it, and afterwards how that went:
 `ok` (acknowledged), `fail` (certainly not in the log) or `unknown`. What was unknown is handed
 over again under the same id, as a careful client would.
@@ -28,7 +30,7 @@ from agentflow.errors import AgentFlowError, AppendRefused, InvalidRequest
 from agentflow.events import Needs, TaskSubmitted
 from agentflow.fresh import new_id
 from tests.chaos import app
-from tests.chaos.journal import Journal
+from tests.chaos.journal import Journal, read
 from tests.chaos.options import NAMESPACE
 
 PATIENCE_S = 2.0
@@ -84,6 +86,7 @@ class Load:
         self._number = 0
         self.handed_over = 0
         """Tasks given to the log, whatever became of them."""
+        self._began = time.monotonic()
         self._recent: deque[_Known] = deque(maxlen=_RECENT)
         self._bulks: set[asyncio.Task[None]] = set()
         self._singles: set[asyncio.Task[None]] = set()
@@ -104,11 +107,23 @@ class Load:
             self._lock,
         ]
 
+    def go_on(self, path: Path) -> None:
+        """Begin, or go on where the journal ends."""
+        for entry in read(path):
+            if entry["op"] == "begin":
+                self._began = entry["at"]
+            elif entry["op"] == "intent":
+                self._number = max(self._number, entry["n"] + entry["count"])
+                self.handed_over += entry["tasks"]
+        if self._number:
+            self._chance.seed(self._number)
+        else:
+            self._journal.write(op="begin", at=self._began)
+
     async def run(self, tasks: int, seconds: float) -> None:
         """Hand over about so many tasks in this time, and wait for what became of some of them."""
-        began = time.monotonic()
         while self.handed_over < tasks:
-            elapsed = time.monotonic() - began
+            elapsed = time.monotonic() - self._began
             due = min(tasks, int(tasks * (elapsed + _TICK_S) / seconds))
             if len(self._singles) < _SINGLES_MAX:
                 self._start(self._singles, self._chance.choice(self._acts)())
@@ -136,7 +151,7 @@ class Load:
         first = self._number
         self._number += count
         self.handed_over += tasks
-        self._journal.write(op="intent", kind=kind, n=first, count=count, **more)
+        self._journal.write(op="intent", kind=kind, n=first, count=count, tasks=tasks, **more)
         return first
 
     async def _try(self, number: int, act: Awaitable[Any]) -> Any:
@@ -170,7 +185,7 @@ class Load:
             if handle is not None:
                 self._remember(_Known(number, handle, event))
                 return
-            self._journal.write(op="intent", kind="repeat", n=number, count=1)
+            self._journal.write(op="intent", kind="repeat", n=number, count=1, tasks=0)
             await asyncio.sleep(self._chance.uniform(0.05, 0.3))
         self._journal.write(op="unknown", n=number, why="given up")
 
@@ -237,7 +252,7 @@ class Load:
             if handle is not None:
                 self._remember(_Known(number, handle))
                 return
-            self._journal.write(op="intent", kind="repeat", n=number, count=1)
+            self._journal.write(op="intent", kind="repeat", n=number, count=1, tasks=0)
 
     # What is said about what was handed over -------------------------------------------
 
@@ -271,7 +286,7 @@ class Load:
         """The same task under the same id: it must not run again."""
         known = self._any_recent()
         if known is not None and known.event is not None:
-            self._journal.write(op="intent", kind="again", n=known.number, count=1)
+            self._journal.write(op="intent", kind="again", n=known.number, count=1, tasks=0)
             await self._try(known.number, self._client.submit_task(known.event))
 
     async def _conflict(self) -> None:
@@ -302,10 +317,14 @@ class Load:
         lock = self._client.lock(name, wait_s=_LOCK_WAIT_S, ttl_s=_LOCK_TTL_S, mode=mode, permits=permits)
         try:
             async with lock as held:
-                for _ in range(self._chance.randint(1, 5)):
-                    await asyncio.sleep(self._chance.choice((0.0, 0.02, 0.2)))
-                    if mode == "exclusive":
-                        self._resource.write(name, held.token, self._client.name)
+                self._resource.say("hold", name, held.token, time.monotonic())
+                try:
+                    for _ in range(self._chance.randint(1, 5)):
+                        await asyncio.sleep(self._chance.choice((0.0, 0.02, 0.2)))
+                        if mode == "exclusive":
+                            self._resource.write(name, held.token)
+                finally:
+                    self._resource.say("held", name, held.token, min(time.monotonic(), held.deadline))
         except (AgentFlowError, TimeoutError) as error:
             self._journal.write(op="unknown", n=number, why=repr(error)[:200])
         else:
@@ -315,15 +334,17 @@ class Load:
 class Resource:
     """What locks guard: it takes a write only under a token that is not below the highest it has seen.
 
-    One file for each lock, shared by all clients; each write is a line of the journal of side effects.
+    One file for each lock, shared by all clients. Writes, and how long holders could be certain
+    of their locks, are lines of the journal of side effects.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, client: str) -> None:
         self._folder = folder
+        self._client = client
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         self._effects = os.open(folder / "effects.tsv", flags, 0o644)
 
-    def write(self, name: str, token: int, client: str) -> None:
+    def write(self, name: str, token: int) -> None:
         """Write, or have it refused."""
         with (self._folder / f"resource-{name}").open("a+") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -333,10 +354,12 @@ class Resource:
                 file.truncate(0)
                 file.write(str(token))
                 file.flush()
-            what = "write" if token >= highest else "refused"
-            now_ns = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
-            line = f"{what}\t{name}\t0\t{client}\t{os.getpid()}\t{now_ns}\t{token}\n"
-            os.write(self._effects, line.encode())
+            self.say("write" if token >= highest else "refused", name, token, time.monotonic())
+
+    def say(self, what: str, name: str, token: int, at: float) -> None:
+        """A line of the journal. `at` is monotonic."""
+        line = f"{what}\t{name}\t0\t{self._client}\t{os.getpid()}\t{int(at * 1e9)}\t{token}\n"
+        os.write(self._effects, line.encode())
 
     def close(self) -> None:
         """Give the journal back."""
@@ -350,12 +373,13 @@ async def _all(tasks: set[asyncio.Task[None]]) -> None:
 
 async def _main(given: argparse.Namespace) -> None:
     journal = Journal(Path(given.journal))
-    resource = Resource(Path(given.journal).parent)
+    resource = Resource(Path(given.journal).parent, given.name)
     try:
         async with agentflow.Client(
             given.url.split(","), namespace=NAMESPACE, name=given.name, replicas=given.replicas
         ) as client:
             load = Load(client, journal, resource, random.Random(f"{given.seed} {given.name}"))
+            load.go_on(Path(given.journal))
             await load.run(given.tasks, given.seconds)
         journal.write(op="done")
     finally:

@@ -75,7 +75,7 @@ class Exit(Struct, frozen=True):
 class Node:
     """A process that is kept running. An async context manager: entered means started, left means dead.
 
-    `lasting` says whether it is started again after it ended.
+    What is not `lasting` has a task to do: it is started again only if it was killed.
     """
 
     def __init__(
@@ -126,10 +126,10 @@ class Node:
         """Whether there is a process."""
         return self._process is not None and self._process.returncode is None
 
-    async def ended(self) -> None:
-        """Wait until it has ended and is not started again."""
-        assert self._keeper is not None
-        await asyncio.shield(self._keeper)
+    @property
+    def done(self) -> bool:
+        """Whether it has ended for good."""
+        return self._keeper is not None and self._keeper.done()
 
     def kill(self) -> None:
         """SIGKILL."""
@@ -160,7 +160,7 @@ class Node:
     async def _keep(self) -> None:
         while True:
             await self._run()
-            if self._leaving or not self._lasting:
+            if self._leaving or not (self._lasting or self._killed):
                 return
             await asyncio.sleep(_RESTART_PAUSE_S)
             await self._hold.wait()

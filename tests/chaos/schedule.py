@@ -53,8 +53,8 @@ class _Family(NamedTuple):
 
 
 _FAMILIES = {
-    "kill": _Family((*_MASTERS_AND_WORKERS, "server"), (0.0, 3.0), ("stream-leader", "lease-leader")),
-    "pause": _Family((*_MASTERS_AND_WORKERS, "server"), (2.0, 5.0), ("stream-leader",)),
+    "kill": _Family((*_EDGES, "server"), (0.0, 3.0), ("stream-leader", "lease-leader")),
+    "pause": _Family((*_EDGES, "server"), (2.0, 5.0), ("stream-leader",)),
     "cut": _Family(_EDGES, (0.5, 3.0)),
     "oneway": _Family(_EDGES, (1.0, 4.0)),
     "latency": _Family(_EDGES, (1.0, 4.0)),

@@ -173,8 +173,11 @@ def _locks(run: Run) -> None:
     for seq, kind in zip(range(36, 38), kinds, strict=True):
         run.said(seq, kind, "client-0")
         run.add("lock", position(seq, 0), kind, "S", 42, "client-0", "semaphore", 1, "applied")
-    for pos, token in ((3, 40), (4, 41)):
-        run.add("fx", pos, "write", "L", 0, "client-0", 21, pos, token)
+    pos = 3
+    for name, token in (("L", 40), ("L", 41), ("S", 42)):
+        for what in ("hold", "held") if name == "S" else ("hold", "write", "held"):
+            run.add("fx", pos, what, name, 0, "client-0", 21, pos * 10, token)
+            pos += 1
 
 
 def _observations(run: Run) -> None:
