@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Protocol
 
 import pytest
+from msgspec import structs
 
 from agentflow.errors import Disconnected, LogGone
 from agentflow.leases.port import Change, Entry, Lease, Leases, Removed
@@ -172,6 +173,12 @@ class LeasesConformance:
         lease = await known(lambda: harness.leases.acquire(KEY, b"a", LONG_S, nonce="mine"))
         assert lease.epoch == written.epoch
         assert await harness.other.acquire(KEY, b"b", LONG_S, nonce="theirs") is None
+
+    async def test_an_acquisition_unheard_of_can_be_given_back(self, harness: Harness) -> None:
+        lease = await held(harness.leases)
+        await harness.leases.release(structs.replace(lease, epoch=0, revision=0))
+        assert await harness.other.read(KEY) is None
+        assert await harness.leases.renew(lease) is None
 
     async def test_a_release_after_a_renewal_unheard_of_frees_it(self, harness: Harness) -> None:
         lease = await held(harness.leases)

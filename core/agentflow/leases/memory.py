@@ -326,10 +326,9 @@ class MemoryLeases:
     def _ours(self, lease: Lease) -> int:
         """The revision to write upon: that of our own last write, heard of or not. Raises LogGone."""
         last = self._bucket().last(lease.key)
-        ours = (
-            last is not None and not last.removed and (last.nonce, last.epoch) == (lease.nonce, lease.epoch)
-        )
-        return last.revision if ours and last is not None else lease.revision
+        if last is None or last.removed or last.nonce != lease.nonce:
+            return lease.revision
+        return last.revision if lease.epoch in (0, last.epoch) else lease.revision
 
     def _bucket(self) -> MemoryBucket:
         return self._server.bucket(self._bucket_name, self._name)
