@@ -25,6 +25,7 @@ from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Done, Frame
 from agentflow_nodes.embedded import EmbeddedServer, find_server, folder, process, program
 from agentflow_nodes.embedded import server as server_module
+from tests.disks import mounted, require_root
 from tests.eventually import eventually
 
 SUBJECT = "af.embedded.task.submitted.cli"
@@ -197,16 +198,13 @@ async def test_a_full_disk_is_named(
     tmp_path: Path, kib: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "_FULL_S", 0.3)
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], check=False).returncode:
-        pytest.skip("may not mount")
-    try:
+    require_root()
+    with mounted("-t", "tmpfs", "-o", "size=64k", "none", at=tmp_path):
         with contextlib.suppress(OSError):
             (tmp_path / "filling").write_bytes(bytes((64 - kib) * 1024))
         with pytest.raises(OperatingError, match=said):
             async with EmbeddedServer(tmp_path):
                 pass
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
 
 
 async def test_a_server_killed_is_started_again_on_its_port_with_its_data(tmp_path: Path) -> None:
