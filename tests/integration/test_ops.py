@@ -19,6 +19,7 @@ from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.node import Master
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
+from tests.eventually import eventually
 from tests.servers import NatsServer, nats_server_binary
 
 OPS = Path(__file__).resolve().parents[2] / "ops"
@@ -71,6 +72,27 @@ async def test_a_task_runs_with_nobody_allowed_more_than_needed(guarded_server: 
         assert (await cat.outcome(20)).state in {"completed", "cancelled"}
         ref = await client.objects.put(json.dumps(large).encode())
         assert await client.objects.get(ref) == json.dumps(large).encode()
+
+
+async def _waits(client: agentflow.Client, name: str) -> bool:
+    info = await client.lock_info(name)
+    return info is not None and len(info.waiters) == 1
+
+
+async def test_locks_are_held_with_nobody_allowed_more_than_needed(guarded_server: NatsServer) -> None:
+    script = 'test "$AGENTFLOW_LOCK_TOKEN" -gt 0 && echo "$AGENTFLOW_LOCK"'
+    async with (
+        Master(MasterConfig(url=_url(guarded_server, "master"), name="m1")),
+        Worker(WorkerConfig(url=_url(guarded_server, "w1"), name="w1", slots=2), {}),
+        agentflow.Client(_url(guarded_server, "web"), name="web") as client,
+    ):
+        await (await client.submit_task(TaskSubmitted(shell="true"))).result(20)  # a leader leads by now
+        handle = await client.submit_task(TaskSubmitted(shell=script, lock="door"))
+        async with client.lock("window", wait_s=10) as held:
+            waiting = asyncio.create_task(client.lock("window").acquire(20))
+            await eventually(lambda: _waits(client, "window"))
+        assert (await waiting).token > held.token
+        assert await handle.result(20) == "door"
 
 
 async def test_nobody_says_what_others_say(guarded_server: NatsServer) -> None:
