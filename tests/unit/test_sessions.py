@@ -214,13 +214,17 @@ async def test_nobody_is_evicted_on_account_of_ones_own_outage(world: World) -> 
 
 @simulated
 async def test_a_bucket_that_stalls_costs_nobody_his_place(world: World) -> None:
-    masters = [world.start(name) for name in "abcd"]
+    """Whoever reaches it first, at whatever moment it is back."""
+    masters = []
+    for name in "abcd":
+        masters.append(world.start(name))
+        await asyncio.sleep(0.23)
     await world.settled(*"abcd")
-    for outage_s in (0.5, 1.7, 2.5, 8.0):
+    for tenths in range(2, 60, 3):
         world.server.stop()
-        await asyncio.sleep(outage_s)
+        await asyncio.sleep(tenths / 10)
         world.server.start()
-        await world.never(lambda: any(each.known != set("abcd") for each in masters), 2 * TTL_S)
+        await world.never(lambda: any(each.known != set("abcd") for each in masters), 1.5 * TTL_S)
         assert all(each.held for each in masters)
 
 
@@ -320,8 +324,8 @@ async def test_junk_is_no_master_and_goes(world: World) -> None:
             "liar": encode(Session("a", "b", seats={"x": SeatReport(Standing.LEADER, 99)})),
         }.items():
             assert await leases.acquire(wire.master_session(name), value, TTL_S) is not None
-    await world.until(lambda: "junk" in a.known)
-    assert all(not session.seats for session in a.sessions.alive() if session.name != "a")
+    await world.until(lambda: {"junk", "liar"} <= a.known)
+    assert all(not each.seats for each in a.sessions.alive() if each.instance != a.instance)
     await world.until(lambda: a.known == {"a"}, within_s=TTL_S + 1)
     assert a.held
 

@@ -245,8 +245,9 @@ class Sessions:
                 async with asyncio.timeout(self._next_silence_s()):
                     await self._moved.wait()
             except TimeoutError:
-                for known in self._silent():
-                    await self._take(leases, known)
+                for known in list(self._others.values()):
+                    if self._is_silent(known):  # still: others may have taken time
+                        await self._take(leases, known)
 
     def _next_silence_s(self) -> float | None:
         due = [self._due(known) for known in self._others.values()]
@@ -255,9 +256,9 @@ class Sessions:
     def _due(self, known: _Known) -> float:
         return max(known.entry.seen, self._fresh_at) + known.entry.ttl_s
 
-    def _silent(self) -> list[_Known]:
-        now = self._clock()
-        return [known for known in self._others.values() if self._due(known) <= now]
+    def _is_silent(self, known: _Known) -> bool:
+        current = self._others.get(known.entry.key)
+        return current is known and self._due(known) <= self._clock()
 
     async def _take(self, leases: Leases, known: _Known) -> None:
         key = known.entry.key
