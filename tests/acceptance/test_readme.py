@@ -122,7 +122,7 @@ async def test_the_programs_print_what_the_readme_says(tour: Tour) -> None:
     programs = [
         (place, block) for place, block in enumerate(blocks) if block.language == "python" and block.name
     ]
-    assert [block.name for _, block in programs] == ["tour.py", "client.py", "flow.py", "watch.py"]
+    assert [block.name for _, block in programs] == ["tour.py", "client.py", "flow.py", "lock.py", "watch.py"]
     for place, block in programs[1:]:
         done = await tour.run(sys.executable, block.name)
         assert done.status == 0, done.stderr
@@ -150,8 +150,10 @@ def test_every_exit_status_is_in_its_table() -> None:
 
 
 def test_every_recipe_named_exists() -> None:
-    named = set(re.findall(r"uv run just ([a-z-]+)", README))
-    recipes = set(re.findall(r"^([a-z-]+)(?: \*arguments)?:", (ROOT / "justfile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"uv run just ([a-z0-9-]+)", README))
+    recipes = set(
+        re.findall(r"^([a-z0-9-]+)(?: \*arguments)?:", (ROOT / "justfile").read_text(), re.MULTILINE)
+    )
     assert named <= recipes
     assert named >= recipes - {"default", "fmt-check", "lint", "types", "test"}
 
