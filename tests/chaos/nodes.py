@@ -20,24 +20,18 @@ from tests.chaos.journal import Journal
 ROOT: Final = Path(__file__).parents[2]
 READY_TIMEOUT_S: Final = 60.0
 _RESTART_PAUSE_S: Final = 0.2
-_SHM: Final = Path("/dev/shm")  # where libfaketime leaves something of each process that was killed
-_LIBRARIES: Final = (
-    Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"),
-    Path("/usr/lib/aarch64-linux-gnu/faketime/libfaketime.so.1"),
-    Path("/usr/lib/faketime/libfaketime.so.1"),
-)
 _SHIM: Final = Path(__file__).parent / "clock"
 
 
 class Clock:
     """A wall clock of a node's own, that can jump; durations and the monotonic clock stay true.
 
-    By libfaketime where it is installed, otherwise by a shim for Python's own clocks.
+    A shim for Python's own clocks. Not libfaketime: with it `time.sleep` fails (EINVAL) where the
+    monotonic clock is left alone, and a process that is killed can leave the others' semaphore locked.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._library = next((library for library in _LIBRARIES if library.exists()), None)
         self.set(0)
 
     def set(self, offset_s: float) -> None:
@@ -49,14 +43,8 @@ class Clock:
     @property
     def env(self) -> dict[str, str]:
         """What a process needs to be told to go by this clock."""
-        if self._library is None:
-            return {"PYTHONPATH": str(_SHIM), "CHAOS_CLOCK": str(self._path)}
-        return {
-            "LD_PRELOAD": str(self._library),
-            "FAKETIME_TIMESTAMP_FILE": str(self._path),
-            "FAKETIME_CACHE_DURATION": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }
+        path = os.pathsep.join(filter(None, (str(_SHIM), os.environ.get("PYTHONPATH"))))
+        return {"PYTHONPATH": path, "CHAOS_CLOCK": str(self._path)}
 
 
 class Exit(Struct, frozen=True):
@@ -95,7 +83,6 @@ class Node:
         self._exits = exits
         self._lasting = lasting
         self._process: asyncio.subprocess.Process | None = None
-        self._pids: set[int] = set()
         self._killed = self._leaving = False
         self._hold = asyncio.Event()
         self._hold.set()
@@ -117,9 +104,6 @@ class Node:
         self.kill()
         if self._keeper is not None:
             await self._keeper
-        for pid in self._pids:
-            for name in (f"faketime_shm_{pid}", f"sem.faketime_sem_{pid}"):
-                (_SHM / name).unlink(missing_ok=True)
 
     @property
     def running(self) -> bool:
@@ -178,7 +162,6 @@ class Node:
                 start_new_session=True,
             )
         process = self._process
-        self._pids.add(process.pid)
         if self._leaving:
             self.kill()
         assert process.stdout is not None

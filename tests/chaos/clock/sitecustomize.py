@@ -1,4 +1,4 @@
-"""A wall clock that can jump, for nodes where libfaketime is missing: Python's own clocks only."""
+"""A wall clock that can jump: Python's own clocks, in every process that finds this file on its path."""
 
 from __future__ import annotations
 
