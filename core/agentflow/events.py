@@ -464,7 +464,7 @@ class TaskFailed(_Event, frozen=True, kw_only=True):
     attempt: Integer
     incarnation: Integer
     error: str
-    """What kind of failure: error, timeout, stopped, exit, signal, spawn, result, crash, input."""
+    """What kind of failure: error, timeout, stopped, exit, signal, spawn, result, crash, input, lock_lost."""
     message: str = ""
     retryable: bool = True
     started_at_ms: Integer = 0

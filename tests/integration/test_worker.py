@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 import agentflow
+from agentflow import wire
 from agentflow.errors import LogGone
+from agentflow.events import TaskSubmitted
+from agentflow.log.port import Done, Frame
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import NameTaken, Worker
 from tests.app import add, sleep_async, sleep_in_thread, stubborn, wait_for_file, whoami
@@ -215,3 +218,22 @@ class TestBeingGivenUp:
         await cluster.client(name="second")  # creates it anew
         with pytest.raises(LogGone):
             await asyncio.wait_for(worker.ended(), SOON_S)
+
+
+async def test_an_assignment_stored_twice_is_run_once(cluster: Cluster, tmp_path: Path) -> None:
+    """A leader repeats a write in doubt; after a step of the server's clock it may be stored again."""
+    await cluster.leader()
+    await cluster.worker(name="w1", slots=1)
+    client = await cluster.client()
+    journal = tmp_path / "journal"
+    handle = await client.submit_task(TaskSubmitted(shell=f"echo run >> {journal}"))
+    await handle.result(SOON_S)
+    subject = wire.event("default", "task.assigned", "w1")
+    stored = await client.log.last(subject)
+    assert stored is not None
+    assert stored.headers is not None
+    headers = {wire.DECISION: stored.headers[wire.DECISION]}
+    assert isinstance(await client.log.append(Frame(subject, stored.data, "again.1", headers)), Done)
+    # In the one slot there is, this comes after it.
+    await (await client.submit_task(TaskSubmitted(shell="true"))).result(SOON_S)
+    assert journal.read_text() == "run\n"

@@ -13,6 +13,7 @@ import secrets
 import socket
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from itertools import islice
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -46,6 +47,8 @@ from agentflow_nodes.worker.kept import Kept, needs_keeper
 from agentflow_nodes.worker.locking import TaskLocks
 from agentflow_nodes.worker.slots import Slots
 
+_SEEN_MIN: Final = 50_000
+"""Assignments remembered, so that none is run twice."""
 _LEAVES: Final = "the worker leaves"
 _LEAVE_S: Final = 5.0
 """How long leaving waits for the log to take the last word."""
@@ -79,6 +82,8 @@ class Worker:
         self._instance = secrets.token_hex(8)
         self._incarnation = 0
         self._read = 0
+        self._seen: dict[str, int] = {}
+        """Attempts assigned to this incarnation, by task: the latest ones."""
         self._draining = self._gone = False
         self._tasks: list[asyncio.Task[None]] = []
         self._lost = asyncio.Event()
@@ -146,6 +151,7 @@ class Worker:
             level=config.level,
         )
         self._incarnation = self._read = await self._writer.write([joined])
+        self._seen.clear()
         self._lost.clear()
         _log.info("joined", worker=config.name, incarnation=self._incarnation, slots=config.slots)
         self._slots.open(config.slots)
@@ -229,12 +235,24 @@ class Worker:
                 self._on_other(item, message.seq)
 
     def _on_assigned(self, assigned: TaskAssigned) -> None:
-        if assigned.incarnation != self._incarnation:
+        if assigned.incarnation != self._incarnation or self._seen_before(assigned):
             return
         if self._draining:
             self._slots.hand_back(assigned)
         else:
             self._slots.take(assigned)
+
+    def _seen_before(self, assigned: TaskAssigned) -> bool:
+        """Whether it is a repeated write that was stored again: the server's clock may step beyond its window."""
+        seen = self._seen
+        if seen.get(assigned.id, 0) >= assigned.attempt:
+            _log.warning("an assignment came twice", task=assigned.id, attempt=assigned.attempt)
+            return True
+        seen[assigned.id] = assigned.attempt
+        if len(seen) > 2 * _SEEN_MIN:
+            for task_id in list(islice(seen, _SEEN_MIN)):
+                del seen[task_id]
+        return False
 
     def _on_other(self, event: Event, seq: int) -> None:
         match event:
