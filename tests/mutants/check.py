@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.mutants.catalogue import MUTANTS
-from tests.mutants.harness import HarnessError, copy_of_tree, is_killed, red_before, mutate, run_tests
+from tests.mutants.harness import HarnessError, copy_of_tree, is_killed, mutate, red_before, run_tests
 from tests.mutants.mutant import Mutant, Stale
 
 
