@@ -31,7 +31,10 @@ from agentflow.log.publisher import NOT_PERMITTED, Ack, ApiError, PubAck, Publis
 from agentflow.log.stored import msg_id_of
 from agentflow.log.stream import StreamInfo, get_message, parse_time_ns
 
-_ANSWER_TIMEOUT_S: Final = 2.0
+_READ_TIMEOUT_S: Final = 2.0
+# A write not answered by then was probably lost, as while the bucket elects its leader: reading
+# the key back tells.
+_WRITE_TIMEOUT_S: Final = 1.0
 _ATTEMPTS_MAX: Final = 5
 _PAUSE_S_MAX: Final = 0.05
 
@@ -206,7 +209,7 @@ class JetStreamLeases:
         }
         if lease.epoch:
             headers[wire.LEASE_EPOCH] = str(lease.epoch)
-        return await self._publish(lease.key, lease.value, headers, min(lease.ttl_s / 2, _ANSWER_TIMEOUT_S))
+        return await self._publish(lease.key, lease.value, headers, min(lease.ttl_s / 2, _WRITE_TIMEOUT_S))
 
     async def _remove(self, key: str, base: int, nonce: str) -> Ack:
         headers = {
@@ -215,7 +218,7 @@ class JetStreamLeases:
             wire.TTL: str(layout.MARKER_TTL_S),
             wire.KV_OPERATION: wire.KV_DELETED,
         }
-        return await self._publish(key, b"", headers, _ANSWER_TIMEOUT_S)
+        return await self._publish(key, b"", headers, _WRITE_TIMEOUT_S)
 
     async def _publish(self, key: str, data: bytes, headers: dict[str, str], timeout_s: float) -> Ack:
         await self._bus.wait_connected(timeout_s)
@@ -228,7 +231,7 @@ class JetStreamLeases:
 
     async def _last(self, key: str) -> Message | None:
         query = {"last_by_subj": self._subject(key)}
-        return await get_message(self._bus, self._stream, query, _ANSWER_TIMEOUT_S)
+        return await get_message(self._bus, self._stream, query, _READ_TIMEOUT_S)
 
     def _entry(self, message: Message) -> Entry:
         return layout.entry(self._bucket, message, self._clock())

@@ -25,7 +25,7 @@ from agentflow.bus import Bus, Subscription
 from agentflow.connection import STATUS
 from agentflow.errors import Disconnected, LogGone
 from agentflow.log.port import Message
-from agentflow.log.stream import NO_STREAM, ApiFailed, ask, get_message
+from agentflow.log.stream import NO_STREAM, ApiFailed, ask_again, get_message
 
 _TIMEOUT_S: Final = 2.0
 _ATTEMPTS_MAX: Final = 3
@@ -147,7 +147,7 @@ async def _ask_each(bus: Bus, stream: str, subjects: Sequence[str]) -> list[Mess
 
 async def _info(bus: Bus, stream: str, payload: dict[str, str | int]) -> _Info:
     try:
-        return await ask(bus, f"STREAM.INFO.{stream}", payload, _Info, _TIMEOUT_S)
+        return await ask_again(bus, f"STREAM.INFO.{stream}", payload, _Info, _TIMEOUT_S)
     except ApiFailed as failed:
         if failed.error.err_code == NO_STREAM:
             raise LogGone(f"there is no stream {stream}") from failed

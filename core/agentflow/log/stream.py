@@ -204,7 +204,7 @@ async def ask(
     raise ApiFailed(request, failure.error)
 
 
-async def _ask_again(
+async def ask_again(
     bus: Bus, request: str, payload: Mapping[str, Any] | None, answer: type[T], timeout_s: float
 ) -> T:
     """Ask for what may be asked twice, until it is answered: who was to answer may have died.
@@ -232,7 +232,7 @@ async def stream_info(bus: Bus, name: str, timeout_s: float) -> StreamInfo:
     believed: it would make the log look as if it had gone back.
     """
     try:
-        info = await _ask_again(bus, f"STREAM.INFO.{name}", None, StreamInfo, timeout_s)
+        info = await ask_again(bus, f"STREAM.INFO.{name}", None, StreamInfo, timeout_s)
     except ApiFailed as failed:
         if failed.error.err_code == NO_STREAM:
             raise LogGone(f"there is no stream {name}") from failed
@@ -345,7 +345,7 @@ async def get_message(
 ) -> Message | None:
     """Ask a stream's leader for one message. Raises LogGone, Disconnected."""
     try:
-        answer = await _ask_again(bus, f"STREAM.MSG.GET.{stream}", query, _StoredAnswer, timeout_s)
+        answer = await ask_again(bus, f"STREAM.MSG.GET.{stream}", query, _StoredAnswer, timeout_s)
     except ApiFailed as failed:
         if failed.error.err_code == NO_MESSAGE:
             return None
