@@ -31,7 +31,7 @@ from agentflow_nodes.master.follower import Follower
 from agentflow_nodes.master.leader import End, Leader
 from agentflow_nodes.master.liveness import Liveness
 from agentflow_nodes.master.sessions import Sessions
-from agentflow_nodes.master.sharing import SeatReport, Standing, leader_of, ranking
+from agentflow_nodes.master.sharing import SeatReport, Standing, is_named, leader_of, ranking
 
 _LOOK_S: Final = 1.0
 """Whose turn it is, is looked at this often even if nothing is told."""
@@ -215,7 +215,9 @@ class Seat:
         waits = self._leaving or not self._sessions.held
         if waits or leader_of(self.namespace, sessions, state.leader, state.epoch) is not None:
             self._orphan_since = None
-            self._successor = ""
+            if self._successor:
+                self._successor = ""
+                self._sessions.touch()
             return _LOOK_S
         now = self._clock()
         if self._orphan_since is None:
@@ -227,7 +229,10 @@ class Seat:
         seqs = [session.seats[self.namespace].seq for session in sessions if self.namespace in session.seats]
         lag = max(seqs) - state.seq
         wait_s = place * _TURN_S + min(_LAG_S_MAX, max(0, lag) / _LAG_EVENTS_PER_S)
-        return max(self._orphan_since + wait_s, self._not_before) - now
+        turn_at = self._orphan_since + wait_s
+        if not is_named(self._config.name, self.namespace, sessions):
+            turn_at = max(turn_at, self._not_before)
+        return turn_at - now
 
     def _level(self) -> int:
         """The contract level that can be put in force: the highest that every living master knows."""

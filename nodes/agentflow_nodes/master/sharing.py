@@ -91,6 +91,12 @@ def ranking(namespace: str, sessions: Sequence[Session]) -> list[str]:
     return _ranked(namespace, sessions, loads)
 
 
+def is_named(name: str, namespace: str, sessions: Sequence[Session]) -> bool:
+    """Whether somebody hands the namespace over to this master."""
+    seats = [session.seats.get(namespace) for session in sessions]
+    return any(seat.successor == name for seat in seats if seat is not None)
+
+
 def handover(name: str, sessions: Sequence[Session]) -> tuple[str, str] | None:
     """The namespace that a master should give away now, and to whom; None if none.
 
@@ -115,9 +121,10 @@ def _loads(sessions: Sequence[Session], namespaces: Sequence[str]) -> dict[str, 
 
 
 def _ranked(namespace: str, sessions: Sequence[Session], loads: Mapping[str, int]) -> list[str]:
-    named = {session.seats[namespace].successor for session in sessions if namespace in session.seats}
     able = _able(namespace, sessions)
-    return sorted(able, key=lambda name: (name not in named, _rank(namespace, name, loads)))
+    return sorted(
+        able, key=lambda name: (not is_named(name, namespace, sessions), _rank(namespace, name, loads))
+    )
 
 
 def _move(session: Session, sessions: Sequence[Session], loads: Mapping[str, int]) -> tuple[str, str] | None:
