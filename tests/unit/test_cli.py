@@ -351,6 +351,8 @@ def test_the_contract_describes_every_event() -> None:
     assert document["events"].keys() == KINDS.keys()
     assert document["events"]["task.assigned"]["subject"].startswith("af.<namespace>.task.assigned.")
     assert document["events"]["leader.elected"]["subject"] == "af.<namespace>.leader.elected.epoch"
+    assert document["events"]["lock.opened"]["subject"] == "af.<namespace>.lock.opened.bucket"
+    assert document["events"]["lock.opened"]["since_level"] == 2
     assert document["limits"]["frame_bytes_max"] == 512 * 1024
 
 

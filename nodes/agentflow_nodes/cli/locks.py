@@ -207,7 +207,7 @@ def locks_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the locks: who holds them, who waits.
+    """List the locks: who holds them, who waits, who held them.
 
     For example:
 

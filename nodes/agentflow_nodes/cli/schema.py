@@ -8,8 +8,8 @@ import msgspec
 import typer
 
 from agentflow import limits
-from agentflow.events import KINDS, ROLES, Event, Role
-from agentflow.wire import ELECTED_ACTOR
+from agentflow.events import KINDS, ROLES, SINCE, Event, Role
+from agentflow.wire import ELECTED_ACTOR, LOCKS_ACTOR
 from agentflow_nodes.cli.errors import usage
 from agentflow_nodes.cli.options import Debug, Json
 from agentflow_nodes.cli.output import console, encode_json
@@ -74,17 +74,27 @@ def _described(kind: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {
         "subject": f"af.<namespace>.{kind}.{_actor(kind)}",
         "said_by": str(ROLES[kind]),
+        "since_level": SINCE[kind],
         "schema": schema,
     }
 
 
+_FIXED: Final = {"leader.elected": ELECTED_ACTOR, "lock.opened": LOCKS_ACTOR}
+"""Kinds that are written to one exact subject, by compare-and-set."""
+
+
 def _actor(kind: str) -> str:
     """What stands last in the subject."""
-    if kind == "leader.elected":
-        return ELECTED_ACTOR
+    if kind in _FIXED:
+        return _FIXED[kind]
     if kind in _ADDRESSED:
         return "<worker spoken to>"
-    return {Role.CLIENT: "<client>", Role.LEADER: "<master>", Role.MASTER: "<master>", Role.WORKER: "<worker>"}[ROLES[kind]]
+    return {
+        Role.CLIENT: "<client>",
+        Role.LEADER: "<master>",
+        Role.MASTER: "<master>",
+        Role.WORKER: "<worker>",
+    }[ROLES[kind]]
 
 
 def _limits() -> dict[str, Any]:
