@@ -236,8 +236,6 @@ class Seat:
 
     def _level(self) -> int:
         """The contract level that can be put in force: the highest that every living master knows."""
-        if not self._sessions.held:  # who lives is not known
-            return self.follower.state.level
         sessions = self._sessions.alive()
         levels = [session.level for session in sessions if self.namespace in session.seats]
         return max(min([*levels, self._config.level]), self.follower.state.level)
