@@ -245,8 +245,12 @@ def _applied(found: Audit, logged: Any) -> Any:
 
 
 class TestWorkers:
-    async def test_killed_with_running_scripts(self, cluster: Cluster, tmp_path: Path) -> None:
-        await cluster.leader(worker_ttl_s=1.0)
+    @pytest.mark.parametrize(("losses_max", "suspect"), [(3, 0), (2, 2)], ids=["with_lives_left", "at_stake"])
+    async def test_killed_with_running_scripts(
+        self, cluster: Cluster, tmp_path: Path, losses_max: int, suspect: int
+    ) -> None:
+        """What had begun starts again; apart from others only if the next loss would be its last."""
+        await cluster.leader(worker_ttl_s=1.0, policy=Policy(losses_max=losses_max))
         process = await cluster.process("worker", "--name", "victim", "--slots", "2", "--ahead", "0")
         client = await cluster.client()
         script = (
@@ -267,9 +271,9 @@ class TestWorkers:
         again = [logged.event for logged in found.of_kind("task.assigned") if logged.actor == "survivor"]
         assert sorted(event.attempt for event in again) == [1, 1, 2, 2]  # type: ignore[union-attr]
         suspects = [event for event in again if event.suspect]  # type: ignore[union-attr]
-        assert len(suspects) == 2
-        for suspect in suspects:
-            kinds = found.about(suspect.id)  # type: ignore[union-attr]
+        assert len(suspects) == suspect
+        for event in suspects:
+            kinds = found.about(event.id)  # type: ignore[union-attr]
             assert kinds.index("task.started") < kinds.index("task.completed")
 
     async def test_killed_again_and_again_with_many_short_tasks(self, cluster: Cluster) -> None:

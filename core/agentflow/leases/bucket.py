@@ -19,10 +19,9 @@ from typing import Any, Final
 
 from agentflow import wire
 from agentflow.bus import Bus
-from agentflow.errors import LogGone, OperatingError, StreamMismatch
 from agentflow.leases.port import Change, Entry, Removed
 from agentflow.log.port import Message
-from agentflow.log.stream import ApiFailed, StreamInfo, ask, differences, stream_info
+from agentflow.log.stream import StreamInfo, open_stream
 
 MARKER_TTL_S: Final = 3
 """How long a removal can be read: who was disconnected for less hears of it.
@@ -35,7 +34,6 @@ _VALUE_BYTES_MAX: Final = 64 * 1024
 # One for each who waits. A named limit: unset means 1,000 on a current server.
 _CONSUMERS_MAX: Final = 5_000
 _OPEN_TIMEOUT_S: Final = 10.0
-_NAME_IN_USE: Final = 10058
 # What a write that is not ours, without a time to live, is waited for.
 _TTL_S_UNKNOWN: Final = 60
 _TOLERATED: Final = ("subject_delete_marker_ttl", "first_seq", "metadata")
@@ -44,28 +42,10 @@ _TOLERATED: Final = ("subject_delete_marker_ttl", "first_seq", "metadata")
 async def open_bucket(bus: Bus, config: dict[str, Any], *, create: bool) -> StreamInfo:
     """Describe the bucket, creating it if it is missing and `create` is set, and check it.
 
-    Raises StreamMismatch naming every difference, LogGone if it is missing, Disconnected.
+    One that another has just created, and that elects its leader, is waited for. Raises StreamMismatch
+    naming every difference, LogGone if it is missing, Disconnected.
     """
-    try:
-        info = await stream_info(bus, config["name"], _OPEN_TIMEOUT_S)
-    except LogGone:
-        if not create:
-            raise
-        info = await _create(bus, config)
-    wrong = [each for each in differences(config, info.config) if not each.startswith(_TOLERATED)]
-    if wrong:
-        raise StreamMismatch(f"stream {config['name']} is not as AgentFlow needs it: " + "; ".join(wrong))
-    return info
-
-
-async def _create(bus: Bus, config: dict[str, Any]) -> StreamInfo:
-    name = config["name"]
-    try:
-        return await ask(bus, f"STREAM.CREATE.{name}", config, StreamInfo, _OPEN_TIMEOUT_S)
-    except ApiFailed as failed:
-        if failed.error.err_code == _NAME_IN_USE:  # somebody else was quicker
-            return await stream_info(bus, name, _OPEN_TIMEOUT_S)
-        raise OperatingError(f"cannot create stream {name}: {failed}") from failed
+    return await open_stream(bus, config, create=create, timeout_s=_OPEN_TIMEOUT_S, tolerated=_TOLERATED)
 
 
 def bucket_config(

@@ -304,15 +304,18 @@ async def stream_names(bus: Bus, timeout_s: float) -> list[str]:
             return found
 
 
-async def open_stream(bus: Bus, config: dict[str, Any], *, create: bool, timeout_s: float) -> StreamInfo:
+async def open_stream(
+    bus: Bus, config: dict[str, Any], *, create: bool, timeout_s: float, tolerated: tuple[str, ...] = ()
+) -> StreamInfo:
     """Describe the stream, creating it if it is missing and `create` is set, and check it.
 
-    Servers that are electing, or looking for each other, are waited for. Raises StreamMismatch
-    naming every difference, LogGone if it is missing, Disconnected.
+    Servers that are electing, or looking for each other, are waited for. Options `tolerated`
+    may be otherwise than configured. Raises StreamMismatch naming every other difference, LogGone
+    if it is missing, Disconnected.
     """
     name = config["name"]
     info = await _describe_when_possible(bus, config, create=create, timeout_s=timeout_s)
-    wrong = differences(config, info.config)
+    wrong = [each for each in differences(config, info.config) if not each.startswith(tolerated)]
     if wrong:
         raise StreamMismatch(f"stream {name} is not as AgentFlow needs it: " + "; ".join(wrong))
     return info
