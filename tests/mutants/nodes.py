@@ -76,9 +76,16 @@ NODES: Final = (
     Mutant(
         "a worker runs what another incarnation was assigned",
         _WORKER,
-        "        if assigned.incarnation != self._incarnation:\n            return\n",
-        "",
+        "if assigned.incarnation != self._incarnation or ",
+        "if ",
         ("tests/integration/test_assignments.py::test_only_what_names_its_incarnation_runs",),
+    ),
+    Mutant(
+        "an assignment stored twice runs twice",
+        _WORKER,
+        " or self._seen_before(assigned):",
+        ":",
+        ("tests/integration/test_worker.py::test_an_assignment_stored_twice_is_run_once",),
     ),
     Mutant(
         "a suspect runs before its start is acknowledged",
