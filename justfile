@@ -3,7 +3,7 @@
 set positional-arguments
 
 # Everything continuous integration checks
-default: fmt-check lint types imports test
+default: fmt-check lint types imports prove test
 
 # Lay out the code
 fmt:
@@ -26,6 +26,9 @@ types:
 # Do imports point inward, and is the domain free of IO?
 imports:
     lint-imports
+
+# Beside the tests: clusters on simulated time, and faults on real processes
+prove: (sim "--seeds" "500") (chaos "--ci")
 
 # All tests; those of one real edge or of processes one at a time, the others beside them
 test *arguments:
