@@ -140,13 +140,26 @@ class Leader:
         frame = Frame(subject, data, self._new_msg_id())
         appended = await self._log.append(frame, fence=Fence(subject, last_seq))
         if not isinstance(appended, Done):
-            _log.info("not elected", master=self._name, epoch=epoch, why=appended.detail)
+            _log.info(
+                "not elected",
+                namespace=self._log.namespace,
+                master=self._name,
+                epoch=epoch,
+                why=appended.detail,
+            )
             return False
         await self._read_up_to(appended.seq)
         self._fence = Fence(subject, appended.seq)
         self._written_seq = self.elected_seq = appended.seq
         self.leading = state.epoch == epoch and state.elected_seq == appended.seq
-        _log.info("elected", master=self._name, epoch=epoch, seq=appended.seq, counts=self.leading)
+        _log.info(
+            "elected",
+            namespace=self._log.namespace,
+            master=self._name,
+            epoch=epoch,
+            seq=appended.seq,
+            counts=self.leading,
+        )
         return self.leading
 
     async def lead(self) -> End:
@@ -159,7 +172,7 @@ class Leader:
             while True:
                 end = await self._step()
                 if end is not None:
-                    _log.info("term over", master=self._name, why=end.value)
+                    _log.info("term over", namespace=self._log.namespace, master=self._name, why=end.value)
                     return end
         finally:
             self.leading = False
@@ -197,7 +210,7 @@ class Leader:
         try:
             await self._read_up_to(self._written_seq)
         except OperatingError as error:
-            _log.warning("what was written is not read back", error=str(error))
+            _log.warning("what was written is not read back", namespace=self._log.namespace, error=str(error))
             return End.STUCK
         return None
 
@@ -315,7 +328,12 @@ class Leader:
                 self._end = self._end or End.STUCK
                 return appended
             if pause_s >= _PAUSE_S_MAX:
-                _log.warning("a decision cannot be written", why=appended.reason, detail=appended.detail)
+                _log.warning(
+                    "a decision cannot be written",
+                    namespace=self._log.namespace,
+                    why=appended.reason,
+                    detail=appended.detail,
+                )
             await asyncio.sleep(pause_s)
             pause_s = min(pause_s * 2, _PAUSE_S_MAX)
 
@@ -323,7 +341,7 @@ class Leader:
         if isinstance(appended, Done):
             self._written_seq = max(self._written_seq, appended.seq)
             return None
-        _log.warning("a decision was not written", why=appended.detail)
+        _log.warning("a decision was not written", namespace=self._log.namespace, why=appended.detail)
         return self._end or End.DOUBT
 
     def _policy_with(self, *, accepting: bool) -> Policy:
@@ -343,7 +361,7 @@ class Leader:
             try:
                 identity = await self._log.identity()
             except OperatingError as error:
-                _log.warning("the log's size is not known", error=str(error))
+                _log.warning("the log's size is not known", namespace=self._log.namespace, error=str(error))
                 continue
             limits = [limit for limit in (identity.bytes_max, self._config.log_bytes_max) if limit > 0]
             if not limits:
@@ -351,7 +369,12 @@ class Leader:
             share = identity.bytes / min(limits)
             accepting = self._follower.state.policy.accepting
             if (accepting and share > BYTES_CLOSED_SHARE) or (not accepting and share < BYTES_OPEN_SHARE):
-                _log.warning("the log's fill level changed", share=round(share, 3), accepting=not accepting)
+                _log.warning(
+                    "the log's fill level changed",
+                    namespace=self._log.namespace,
+                    share=round(share, 3),
+                    accepting=not accepting,
+                )
                 self._accepting = not accepting
                 self.wake()
 
