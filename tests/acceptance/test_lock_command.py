@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import agentflow
+from agentflow.events import LockLost
 from tests.cluster import Cluster
 from tests.eventually import eventually
 
@@ -182,10 +183,15 @@ async def test_the_log_learns_of_a_holder_that_died_unmissed(cluster: Cluster) -
     holder.send(signal.SIGKILL)
     await holder.end()  # once nobody holds its output any more: the command died with it
     async with asyncio.timeout(30):
-        async for logged in client.events(after=0):
-            if logged.kind == "lock.lost":
-                break
-    assert str(getattr(logged.event, "reason", "")) == "its holder fell silent"
+        event = await _first_loss(client)
+    assert event.reason == "its holder fell silent"
+
+
+async def _first_loss(client: agentflow.Client) -> LockLost:
+    async for logged in client.events(after=0):
+        if isinstance(logged.event, LockLost):
+            return logged.event
+    pytest.fail("the log ended")
 
 
 async def _holds(client: agentflow.Client, name: str) -> bool:
