@@ -20,7 +20,8 @@ from agentflow.bus import Bus
 from agentflow.log.jetstream import JetStreamLog
 from agentflow_nodes.cli.errors import Exit
 from tests.app import add, wait_for_file
-from tests.cluster import Cluster
+from tests.cluster import Cluster, audit
+from tests.eventually import eventually
 from tests.servers import NatsServer
 
 pytestmark = pytest.mark.timeout(120)
@@ -92,6 +93,32 @@ async def test_nodes_and_clients_halt(
         said = capfd.readouterr().err
     assert found in said
     assert "restore it from a backup" in said
+
+
+async def test_a_worker_says_nothing_in_the_log_that_took_the_place_of_its_own(
+    server: NatsServer, tmp_path: Path
+) -> None:
+    async with Cluster(server) as cluster:
+        await cluster.process("master", "--name", "m")
+        worker = await cluster.process("worker", "--app", "tests.app", "--drain-s", "0", "--name", "w")
+        client = await cluster.client()
+        waiting = await client.submit(wait_for_file, str(tmp_path / "never"))
+        await eventually(lambda: _started(client, waiting.id))
+        await created_anew(server, tmp_path)
+        assert await worker.ended() == Exit.LOG_GONE
+        async with Bus(server.url, name="reader") as bus:
+            assert [subject for subject in await _subjects(bus) if subject.endswith(".w")] == []
+
+
+async def _started(client: agentflow.Client, task: str) -> bool:
+    return "task.started" in (await audit(client)).about(task)
+
+
+async def _subjects(bus: Bus) -> list[str]:
+    """Of everything in the log that is there now."""
+    async with JetStreamLog(bus, "default", create=False) as log:
+        found = [await log.read(seq + 1) for seq in range((await log.identity()).last_seq)]
+    return [message.subject for message in found if message is not None]
 
 
 async def test_up_ends_with_the_log_and_starts_nothing_again(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from agentflow.bus import Bus
 from agentflow.checks import Bad
 from agentflow.client.function import Function, registered
 from agentflow.ending import end_tasks
-from agentflow.errors import AgentFlowError, OperatingError
+from agentflow.errors import AgentFlowError, LogGone, OperatingError
 from agentflow.events import (
     SINCE,
     Event,
@@ -190,6 +190,16 @@ class Worker:
     # Reading ---------------------------------------------------------------------------
 
     async def _serve(self) -> None:
+        try:
+            await self._live()
+        except LogGone:
+            # What lies in the place of our log is another's: it gets no last word of ours.
+            self._incarnation = 0
+            await self._writer.__aexit__(None, None, None)
+            raise
+
+    async def _live(self) -> None:
+        """Read the log, in one incarnation after the other. Raises LogGone, NameTaken."""
         while self._incarnation:
             reading = asyncio.create_task(self._read_log(), name="worker log")
             lost = asyncio.create_task(self._lost.wait())
