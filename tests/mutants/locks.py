@@ -7,6 +7,7 @@ from typing import Final
 from tests.mutants.mutant import Mutant
 
 _CONTENDER: Final = "core/agentflow/locks/contender.py"
+_HELD: Final = "core/agentflow/locks/held.py"
 _KEEPER: Final = "core/agentflow/locks/keeper.py"
 _TICKET: Final = "core/agentflow/locks/ticket.py"
 
@@ -72,6 +73,13 @@ LOCKS: Final = (
         "        await self._write([event])\n        if not keeper.is_kept():\n            raise TicketLost(keeper.reason)\n",
         "        await self._write([event])\n",
         ("tests/unit/test_contender.py::test_who_is_late_when_the_log_has_it_holds_nothing",),
+    ),
+    Mutant(
+        "a ticket goes though its end is not in the log",
+        _HELD,
+        "        if said:\n            await self._remove(lease)\n",
+        "        await self._remove(lease)\n",
+        ("tests/unit/test_contender.py::test_a_ticket_whose_end_may_be_stored_later_is_left_to_expire",),
     ),
     Mutant(
         "granted at once in a bucket made again",

@@ -1,4 +1,4 @@
-"""A contender at the front of the line, and why he may not have the lock all the same."""
+"""A contender at the front of the line, why he may not have the lock all the same, and how he leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from agentflow.errors import LockTimeout
+from agentflow.errors import AppendUnknown, LockTimeout
 from agentflow.events import Event
 from agentflow.leases.memory import MemoryLeases, MemoryLeaseServer
 from agentflow.leases.port import Snapshot
@@ -25,6 +25,7 @@ class Scene:
         self.server = MemoryLeaseServer()
         self.ahead_s = 0.0
         self.log_takes_s = 0.0
+        self.log_answers = True
         self.said: list[str] = []
 
     def clock(self) -> float:
@@ -33,6 +34,8 @@ class Scene:
     async def write(self, events: list[Event]) -> int:
         self.said += [event.kind for event in events]
         self.ahead_s += self.log_takes_s
+        if not self.log_answers:
+            raise AppendUnknown("no answer")
         return len(self.said)
 
     @asynccontextmanager
@@ -92,3 +95,44 @@ async def test_whose_ticket_is_gone_holds_nothing() -> None:
         with pytest.raises(TicketLost, match="no longer there"):
             await contender.acquire()
     assert not scene.said
+
+
+async def tickets(leases: MemoryLeases) -> int:
+    """How many stand in line."""
+    return len((await leases.entries(">")).entries)
+
+
+async def test_a_ticket_goes_when_its_end_is_in_the_log() -> None:
+    scene = Scene()
+    leases = scene.leases()
+    async with scene.contender(leases) as contender:
+        held = await contender.acquire()
+        await held.release()
+        assert scene.said == ["lock.acquired", "lock.released"]
+        assert await tickets(leases) == 0
+
+
+async def test_a_ticket_whose_end_may_be_stored_later_is_left_to_expire() -> None:
+    scene = Scene()
+    leases = scene.leases()
+    async with scene.contender(leases) as contender:
+        held = await contender.acquire()
+        scene.log_answers = False
+        await held.release()
+        assert not held.is_held()
+        assert not held.lost.is_set()
+        assert await tickets(leases) == 1
+        scene.log_answers = True
+
+
+async def test_who_gives_up_what_the_log_may_call_his_leaves_the_ticket_too() -> None:
+    scene = Scene()
+    leases = scene.leases()
+    async with scene.contender(leases) as contender:
+        scene.log_answers = False
+        with pytest.raises(AppendUnknown):
+            await contender.acquire()
+        with pytest.raises(AppendUnknown):
+            await contender.give_up()
+        assert await tickets(leases) == 1
+        scene.log_answers = True

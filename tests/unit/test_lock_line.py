@@ -19,6 +19,7 @@ from agentflow.leases.port import Entry, Removed, Snapshot
 from agentflow.locks.bucket import Opened
 from agentflow.locks.service import Locks
 from agentflow.locks.ticket import Line, Mode, Ticket, in_lines
+from tests.eventually import eventually
 
 NAME = "a lock"
 
@@ -114,10 +115,13 @@ class Said:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
+        self.takes = asyncio.Event()
+        self.takes.set()
 
     async def write(self, events: list[Event]) -> int:
-        """Keep it."""
+        """Keep it, when the log takes anything."""
         await asyncio.sleep(0)
+        await self.takes.wait()
         self.events += events
         return len(self.events)
 
@@ -174,3 +178,44 @@ async def test_in_a_bucket_made_again_nobody_is_granted_anything_at_first() -> N
     await held.release()
     await locks.close()
     assert [type(event) for event in said.events] == [LockAcquired, LockReleased]
+
+
+async def revision(leases: MemoryLeases) -> int:
+    """When anybody in the line wrote last; 0 if nobody stands there."""
+    entries = (await leases.entries(">")).entries
+    return max((entry.revision for entry in entries), default=0)
+
+
+async def test_a_ticket_is_kept_until_the_log_has_the_release() -> None:
+    server, said = MemoryLeaseServer(time.monotonic), Said()
+    one, two = locks_on(server, said, "one"), locks_on(server, said, "two")
+    held = await one.acquire(Ticket(name=NAME, holder="one"), 1, None)
+    said.takes.clear()
+    releasing = asyncio.create_task(held.release())
+    async with MemoryLeases(server, "locks") as looking:
+        first = await revision(looking)
+        await eventually(lambda: written_since(looking, first))
+    assert not releasing.done()
+    with pytest.raises(LockTimeout):
+        await two.acquire(Ticket(name=NAME, holder="two"), 1, 0)
+    said.takes.set()
+    await releasing
+    second = await two.acquire(Ticket(name=NAME, holder="two"), 1, None)
+    assert [type(event) for event in said.events] == [LockAcquired, LockReleased, LockAcquired]
+    await second.release()
+
+
+async def written_since(leases: MemoryLeases, first: int) -> bool:
+    """Whether anybody in the line has written since."""
+    return await revision(leases) > first
+
+
+async def test_a_release_is_waited_for_no_longer_than_the_ticket_is_kept() -> None:
+    server, said = MemoryLeaseServer(time.monotonic), Said()
+    locks = locks_on(server, said, "one")
+    held = await locks.acquire(Ticket(name=NAME, holder="one"), 1, None)
+    said.takes.clear()
+    server.cut_off("one")
+    await held.release()
+    assert not held.lost.is_set(), "it was given back before"
+    assert [type(event) for event in said.events] == [LockAcquired]

@@ -81,17 +81,22 @@ class Contender:
         return await self._take(self._keeper)
 
     async def give_up(self) -> None:
-        """Leave the line: remove the ticket, whether or not we heard of its creation."""
+        """Leave the line: remove the ticket, whether or not we heard of its creation.
+
+        If the lock may be ours for the log, only once that is over there too; see `Held`.
+        """
         lease = Lease(self._key, b"", self._ttl_s, self._nonce, epoch=0, revision=0, deadline=0.0)
-        if self._keeper is not None:
-            lease = await self._keeper.stop()
         try:
-            if self._granting:
+            if self._granting and self._keeper is not None:
+                token = self._keeper.lease.epoch
                 # Whether `lock.acquired` is in the log or not, this comes after it.
-                event = LockReleased(name=self._ticket.name, token=lease.epoch, holder=self._ticket.holder)
-                await self._write([event])
+                await self._write(
+                    [LockReleased(name=self._ticket.name, token=token, holder=self._ticket.holder)]
+                )
         finally:
-            await self._leases.release(lease)
+            if self._keeper is not None:
+                lease = await self._keeper.stop()
+        await self._leases.release(lease)
 
     async def _come(self) -> Lease:
         """Create the ticket, under one nonce for however long that takes."""

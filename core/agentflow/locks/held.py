@@ -34,14 +34,16 @@ class Held:
         self.holder: Final = ticket.holder
         self.token: Final = keeper.lease.epoch
         """Fencing token: later holders of this lock have a higher one, for ever. Below 2**53."""
-        self.lost: Final[asyncio.Event] = keeper.lost
+        self.lost: Final = asyncio.Event()
         """Set when it is lost, and never after it was released."""
         self._leases = leases
         self._keeper = keeper
         self._write = write
         self._ending: asyncio.Task[None] | None = None
         self._lost_before = False
+        self._on_lost: list[Callable[[], None]] = []
         self._on_end: Callable[[Held], object] | None = None
+        keeper.on_lost(self._lose)
 
     @property
     def deadline(self) -> float:
@@ -86,20 +88,24 @@ class Held:
             await asyncio.shield(self._ending)
 
     async def _end(self) -> None:
-        left_s = self._keeper.left_s
-        lease = await self._keeper.stop()
-        if self._lost_before:
-            reason = self._keeper.reason
-            await self._say(Lost(name=self.name, token=self.token, holder=self.holder, reason=reason), None)
-        else:
-            await self._say(LockReleased(name=self.name, token=self.token, holder=self.holder), left_s)
-        await self._remove(lease)
+        """Say that it is over, then remove the ticket.
+
+        It is renewed until the log has that word, so that nobody else's acquisition comes before
+        it there; without the word it is left to expire, and whoever takes it away says so.
+        """
+        said = False
+        try:
+            said = await self._say_the_end()
+        finally:
+            lease = await self._keeper.stop()
+        if said:
+            await self._remove(lease)
         if self._on_end is not None:
             self._on_end(self)
 
     def on_lost(self, callback: Callable[[], None]) -> None:
         """Call back, from the event loop, if it is lost."""
-        self._keeper.on_lost(callback)
+        self._on_lost.append(callback)
 
     def on_end(self, callback: Callable[[Held], object]) -> None:
         """Call back when it has been released."""
@@ -115,13 +121,37 @@ class Held:
         if self._lost_before or not await self._keeper.renew(ttl_s):
             raise self.loss()
 
-    async def _say(self, event: Event, within_s: float | None) -> None:
-        """Say it; the ticket goes in any case: a log that takes nothing grants nobody a lock either."""
+    def _lose(self) -> None:
+        if self._ending is not None:
+            return
+        self.lost.set()
+        callbacks, self._on_lost = self._on_lost, []
+        for callback in callbacks:
+            callback()
+
+    async def _say_the_end(self) -> bool:
+        """Whether the log has it; a release is not waited for longer than the ticket is kept."""
+        if self._lost_before:
+            reason = self._keeper.reason
+            return await self._say(Lost(name=self.name, token=self.token, holder=self.holder, reason=reason))
+        released = LockReleased(name=self.name, token=self.token, holder=self.holder)
+        now = asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(within_s):
-                await self._write([event])
-        except (OperatingError, TimeoutError) as error:
+            async with asyncio.timeout(None if self._keeper.is_kept() else 0) as limit:
+                self._keeper.on_lost(lambda: limit.reschedule(now()))
+                return await self._say(released)
+        except TimeoutError:
+            _log.warning("the end of a lock was not in the log in time", lock=self.name)
+            return False
+
+    async def _say(self, event: Event) -> bool:
+        """Whether the log has it."""
+        try:
+            await self._write([event])
+        except OperatingError as error:
             _log.warning("the end of a lock is not in the log", lock=self.name, error=repr(error))
+            return False
+        return True
 
     async def _remove(self, lease: Lease) -> None:
         try:
