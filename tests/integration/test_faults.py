@@ -9,7 +9,10 @@ import asyncio
 import contextlib
 import random
 import signal
+import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,10 @@ import pytest
 
 import agentflow
 from agentflow import frames, wire
+from agentflow.bus import _PAUSE_S_MAX, Bus
+from agentflow.client.operating import drain_worker
 from agentflow.events import Policy, TaskSubmitted
+from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Done, Fence, Frame, Reason, Refused
 from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.node import Master
@@ -30,6 +36,10 @@ from tests.faultproxy import FaultProxy
 
 SOON_S = 30.0
 MANY = 5_000
+HERD = 200
+GROWN = 6
+"""Attempts after which the pauses between them are the longest."""
+TICK_S = 0.1
 
 
 async def _all_end(client: agentflow.Client, handles: Sequence[agentflow.Handle[Any]]) -> Audit:
@@ -82,6 +92,58 @@ class TestServer:
         handles.append(await asyncio.wait_for(late, SOON_S))
         found = await _all_end(client, handles)
         assert not found.of_kind("worker.lost"), "silence counts only while the leader itself could hear"
+
+    @pytest.mark.parametrize(
+        "kind", ["task.submitted", "task.assigned", "task.started", "task.completed", "worker.draining"]
+    )
+    async def test_killed_while_this_is_said(self, cluster: Cluster, kind: str) -> None:
+        """Whatever was just being written, what was acknowledged comes to its end."""
+        await cluster.leader()
+        for name in ("leaving", "staying"):
+            await cluster.worker(name=name)
+        client = await cluster.client()
+        killed = asyncio.create_task(_restart_at(cluster, kind))
+        submitting = asyncio.create_task(client.submit_many(add_in_thread, [(n, 1) for n in range(MANY)]))
+        slow = await asyncio.gather(*(client.shell("sleep 0.3") for _ in range(8)))
+        await drain_worker(client, "leaving")
+        handles = [*slow, *await asyncio.wait_for(submitting, SOON_S)]
+        await asyncio.wait_for(killed, SOON_S)
+        found = await _all_end(client, handles)
+        assert [logged.actor for logged in found.of_kind("worker.draining")] == ["leaving"]
+
+
+async def _restart_at(cluster: Cluster, kind: str) -> None:
+    """Kill the server as soon as the first event of that kind is in the log, and start it again."""
+    async with (
+        Bus(cluster.url, name="watch") as bus,
+        JetStreamLog(bus, "default") as log,
+        contextlib.aclosing(log.follow(0, subjects=[wire.event("default", kind, "*")])) as said,
+    ):
+        await anext(said)
+    await cluster.server.restart()
+
+
+class TestHerd:
+    async def test_all_who_lost_the_server_come_back_one_by_one(self, cluster: Cluster) -> None:
+        """Each waits a random while of its own, so that a server that returns is not run over."""
+        proxy = await cluster.proxy()
+        back: list[float] = []
+        async with AsyncExitStack() as stack:
+            buses = [Bus(proxy.url, name=f"one of many {number}") for number in range(HERD)]
+            await asyncio.gather(*map(stack.enter_async_context, buses))
+            for bus in buses:
+                bus.watch(lambda connected: back.append(time.monotonic()) if connected else None)
+            await cluster.server.kill()
+            await eventually(lambda: not any(bus.connected for bus in buses))
+            knocks = proxy.connections
+            await eventually(lambda: proxy.connections > knocks + GROWN * HERD)
+            await cluster.server.start()
+            await eventually(lambda: all(bus.connected for bus in buses))
+        assert len(back) == HERD, "each came back once, and stayed"
+        ticks = Counter(int((instant - back[0]) / TICK_S) for instant in back)
+        assert max(ticks.values()) < HERD / 2, ticks
+        tenth = HERD // 10
+        assert back[-tenth] - back[tenth] > _PAUSE_S_MAX / 4, ticks
 
 
 class TestConnections:
