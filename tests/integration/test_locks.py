@@ -209,6 +209,20 @@ async def test_the_locks_of_a_namespace_are_listed(clients: list[Client]) -> Non
     assert (await two.locks("ümlaut"))[0].holders[0].token > 0
 
 
+async def test_looking_at_locks_creates_nothing(clients: list[Client]) -> None:
+    one, two = clients
+    before = await one.log.identity()
+    assert await one.locks() == []
+    assert await one.lock_info(LOCK) is None
+    assert not await exists(one.bus, STREAM)
+    assert (await one.log.identity()).last_seq == before.last_seq
+    await two.lock(LOCK).acquire()
+    assert [info.name for info in await one.locks()] == [LOCK], "the bucket was created meanwhile"
+    await two.bus.js_api(f"STREAM.DELETE.{STREAM}", b"", 5)
+    assert await one.locks() == []
+    assert not await exists(one.bus, STREAM)
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -525,7 +539,7 @@ async def test_a_ticket_whose_answer_was_lost_is_the_one_that_is_used(
 ) -> None:
     _, two = clients
     async with FaultProxy(nats_server.port) as proxy, Client(proxy.url, name="shaky") as shaky:
-        await shaky.locks()
+        await shaky.lock("opens the bucket").acquire()
         proxy.drop_answers()
         acquiring = asyncio.create_task(shaky.lock(LOCK, ttl_s=30).acquire())
         info = await eventually(lambda: two.lock_info(LOCK))
@@ -544,6 +558,11 @@ async def opened(client: Client) -> list[int]:
         async for logged in client.events(after=0, until=until)
         if isinstance(logged.event, LockOpened)
     ]
+
+
+async def exists(bus: Bus, stream: str) -> bool:
+    """Whether there is such a stream."""
+    return b'"error"' not in await bus.js_api(f"STREAM.INFO.{stream}", b"", 5)
 
 
 def frame_of(event: LockOpened) -> Frame:

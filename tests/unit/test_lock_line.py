@@ -134,7 +134,7 @@ def locks_on(server: MemoryLeaseServer, said: Said, name: str) -> Locks:
         await leases.__aenter__()
         return Opened(leases, 0, 0.0)
 
-    return Locks(opened, said.write)
+    return Locks(opened, said.write, find_bucket=opened)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -169,7 +169,7 @@ async def test_in_a_bucket_made_again_nobody_is_granted_anything_at_first() -> N
         await leases.__aenter__()
         return Opened(leases, 2, now + 0.3)
 
-    locks = Locks(opened, said.write)
+    locks = Locks(opened, said.write, find_bucket=opened)
     with pytest.raises(LockTimeout, match="its bucket was lost"):
         await locks.acquire(Ticket(name=NAME, holder="a"), 10, 0)
     held = await locks.acquire(Ticket(name=NAME, holder="a"), 10, None)

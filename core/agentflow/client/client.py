@@ -107,10 +107,14 @@ class Client:
     @cached_property
     def _locks(self) -> Locks:
         """Acquires locks; loaded when there is one."""
-        from agentflow.locks.bucket import open_locks  # noqa: PLC0415 - most programs have none
+        from agentflow.locks.bucket import find_locks, open_locks  # noqa: PLC0415 - most programs have none
         from agentflow.locks.service import Locks  # noqa: PLC0415 - see above
 
-        return Locks(lambda: open_locks(self.bus, self.log), self._writer.write)
+        return Locks(
+            lambda: open_locks(self.bus, self.log),
+            self._writer.write,
+            find_bucket=lambda: find_locks(self.bus, self.log),
+        )
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:

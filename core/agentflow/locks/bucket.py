@@ -70,9 +70,22 @@ async def open_locks(bus: Bus, log: Log, *, clock: Callable[[], float] = time.mo
     for _ in range(_ATTEMPTS_MAX):
         leases = await opening.attempt()
         if leases is not None:
-            quiet_s = int(leases.metadata.get(_QUIET, "0")) - leases.age_s
-            return Opened(leases, generation_of(leases), clock() + max(quiet_s, 0.0))
+            return _opened(leases, clock)
     raise Disconnected(f"the bucket of locks was not opened in {_ATTEMPTS_MAX} attempts")
+
+
+async def find_locks(bus: Bus, log: Log, *, clock: Callable[[], float] = time.monotonic) -> Opened | None:
+    """The namespace's bucket of locks, or None if there is none that is used: nothing is written.
+
+    Raises OperatingError.
+    """
+    leases = await _Opening(bus, log, (await log.identity()).replicas).look()
+    return None if leases is None else _opened(leases, clock)
+
+
+def _opened(leases: JetStreamLeases, clock: Callable[[], float]) -> Opened:
+    quiet_s = int(leases.metadata.get(_QUIET, "0")) - leases.age_s
+    return Opened(leases, generation_of(leases), clock() + max(quiet_s, 0.0))
 
 
 class _Opening:
@@ -86,10 +99,9 @@ class _Opening:
     async def attempt(self) -> JetStreamLeases | None:
         """Open what is there, or bring forth the next generation; None if somebody else was quicker."""
         last = await self._log.last(self._subject)
-        said = 0 if last is None else _generation(last) or await self._highest(last.seq)
+        said = await self._said(last)
         found = await self._find()
-        # The log may have been cut off since the bucket was created.
-        if found is not None and generation_of(found) >= max(said, 1):
+        if _is_used(found, said):
             return found
         if said and (waited := await self._wait(said)) is not None:
             return waited
@@ -102,6 +114,15 @@ class _Opening:
         if seq is None:
             return None
         return await self._create(highest + 1, await self._longest_ttl_s(after, seq) if highest else 0)
+
+    async def look(self) -> JetStreamLeases | None:
+        """What is there, if it is used; nothing is written."""
+        said = await self._said(await self._log.last(self._subject))
+        found = await self._find()
+        return found if _is_used(found, said) else None
+
+    async def _said(self, last: Message | None) -> int:
+        return 0 if last is None else _generation(last) or await self._highest(last.seq)
 
     async def _find(self) -> JetStreamLeases | None:
         leases = JetStreamLeases(self._bus, self._bucket, replicas=self._replicas, create=False)
@@ -190,6 +211,11 @@ class _Opening:
 def generation_of(leases: JetStreamLeases) -> int:
     """Of a bucket that was found; 0 if it was not made for locks."""
     return leases.first_seq >> GENERATION_BITS
+
+
+def _is_used(found: JetStreamLeases | None, said: int) -> bool:
+    """Whether it is as new as the log says; newer if the log was cut off since its creation."""
+    return found is not None and generation_of(found) >= max(said, 1)
 
 
 def _generation(message: Message) -> int:

@@ -55,16 +55,22 @@ class LockInfo(Struct, frozen=True):
 
 
 class Locks:
-    """Acquires locks. `open_bucket` opens the bucket: at first use, and when it is gone."""
+    """Acquires locks, and looks who holds them.
+
+    `open_bucket` opens the bucket, creating it if there is none: at first use, and when it is
+    gone. `find_bucket` does so for who only looks, and gives None if there is none.
+    """
 
     def __init__(
         self,
         open_bucket: Callable[[], Awaitable[Opened]],
         write: Write,
         *,
+        find_bucket: Callable[[], Awaitable[Opened | None]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open_bucket = open_bucket
+        self._find_bucket = find_bucket
         self._write = write
         self._clock = clock
         self._bucket: Opened | None = None
@@ -112,9 +118,11 @@ class Locks:
         raise Disconnected(f"lock {ticket.name!r}: no ticket of {_ATTEMPTS_MAX} lived long enough")
 
     async def infos(self, name: str = "") -> list[LockInfo]:
-        """All locks somebody holds or waits for, or one, by name."""
+        """All locks somebody holds or waits for, or one, by name. Raises OperatingError."""
         for _ in range(_ATTEMPTS_MAX):
-            bucket = await self._opened()
+            bucket = await self._found()
+            if bucket is None:
+                return []
             try:
                 snapshot = await bucket.leases.entries(wire.lock_keys(name))
             except LogGone:
@@ -138,6 +146,12 @@ class Locks:
         async with self._opening:
             if self._bucket is None:
                 self._bucket = await self._open_bucket()
+            return self._bucket
+
+    async def _found(self) -> Opened | None:
+        async with self._opening:
+            if self._bucket is None:
+                self._bucket = await self._find_bucket()
             return self._bucket
 
     def _forget(self, bucket: Opened) -> None:

@@ -51,10 +51,14 @@ class TaskLocks:
     @cached_property
     def _locks(self) -> Locks:
         """Acquires locks; loaded with the first task that names one."""
-        from agentflow.locks.bucket import open_locks  # noqa: PLC0415 - most workers need none
+        from agentflow.locks.bucket import find_locks, open_locks  # noqa: PLC0415 - most workers need none
         from agentflow.locks.service import Locks  # noqa: PLC0415 - see above
 
-        return Locks(lambda: open_locks(self._bus, self._log), self._writer.write)
+        return Locks(
+            lambda: open_locks(self._bus, self._log),
+            self._writer.write,
+            find_bucket=lambda: find_locks(self._bus, self._log),
+        )
 
     async def close(self) -> None:
         """Give back what is still held, and wait for that, not for long."""
