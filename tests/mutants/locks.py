@@ -82,6 +82,20 @@ LOCKS: Final = (
         ("tests/unit/test_contender.py::test_a_ticket_whose_end_may_be_stored_later_is_left_to_expire",),
     ),
     Mutant(
+        "who joins a watch is not told what it has told before",
+        "core/agentflow/locks/lines.py",
+        "        for change in self._recent:\n            waiting.tell(change)\n",
+        "",
+        ("tests/unit/test_lock_line.py::test_who_joins_a_watch_is_told_what_changed_since_his_reading",),
+    ),
+    Mutant(
+        "a reading that is too old for the watch will do",
+        "core/agentflow/locks/lines.py",
+        "        if waiting.since < self._floor:\n            return False\n",
+        "",
+        ("tests/unit/test_lock_line.py::test_whose_reading_is_too_old_reads_again",),
+    ),
+    Mutant(
         "granted at once in a bucket made again",
         _CONTENDER,
         " and self._clock() >= self._bucket.granting_from",

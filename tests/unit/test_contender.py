@@ -13,6 +13,7 @@ from agentflow.leases.memory import MemoryLeases, MemoryLeaseServer
 from agentflow.leases.port import Snapshot
 from agentflow.locks.bucket import Opened
 from agentflow.locks.contender import Contender, TicketLost
+from agentflow.locks.lines import Lines
 from agentflow.locks.ticket import Ticket
 
 TTL_S = 10
@@ -49,6 +50,7 @@ class Scene:
                 Ticket(name="door", holder="a"),
                 TTL_S,
                 self.write,
+                lines=Lines(leases),
                 clock=self.clock,
                 deadline=self.clock(),
             )

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import AsyncGenerator
 
 import pytest
 from hypothesis import given
@@ -15,8 +16,9 @@ from agentflow import wire
 from agentflow.errors import InvalidRequest, LockTimeout
 from agentflow.events import Event, LockAcquired, LockReleased
 from agentflow.leases.memory import Fault, MemoryLeases, MemoryLeaseServer
-from agentflow.leases.port import Entry, Removed, Snapshot
+from agentflow.leases.port import Change, Entry, Lease, Removed, Snapshot
 from agentflow.locks.bucket import Opened
+from agentflow.locks.lines import Lines, Waiting
 from agentflow.locks.service import Locks
 from agentflow.locks.ticket import Line, Mode, Ticket, in_lines
 from tests.eventually import eventually
@@ -126,11 +128,22 @@ class Said:
         return len(self.events)
 
 
-def locks_on(server: MemoryLeaseServer, said: Said, name: str) -> Locks:
+class Watched(MemoryLeases):
+    """Leases that count who watches them."""
+
+    watches = 0
+
+    def watch(self, pattern: str, after: int) -> AsyncGenerator[list[Change], None]:
+        """What changes, counted."""
+        self.watches += 1
+        return super().watch(pattern, after)
+
+
+def locks_on(server: MemoryLeaseServer, said: Said, name: str, leases: MemoryLeases | None = None) -> Locks:
     """The locks of one process."""
+    leases = leases or MemoryLeases(server, "locks", name=name)
 
     async def opened() -> Opened:
-        leases = MemoryLeases(server, "locks", name=name)
         await leases.__aenter__()
         return Opened(leases, 0, 0.0)
 
@@ -219,3 +232,83 @@ async def test_a_release_is_waited_for_no_longer_than_the_ticket_is_kept() -> No
     await held.release()
     assert not held.lost.is_set(), "it was given back before"
     assert [type(event) for event in said.events] == [LockAcquired]
+
+
+async def test_all_who_wait_in_one_process_share_a_watch() -> None:
+    server, said = MemoryLeaseServer(time.monotonic), Said()
+    leases = Watched(server, "locks")
+    locks = locks_on(server, said, "one", leases)
+    served: list[int] = []
+
+    async def wait(number: int) -> None:
+        held = await locks.acquire(Ticket(name=NAME, holder=f"h{number}"), 10, None)
+        served.append(number)
+        await held.release()
+
+    first = await locks.acquire(Ticket(name=NAME, holder="first"), 10, None)
+    async with asyncio.TaskGroup() as waiters:
+        for number in range(10):
+            waiters.create_task(wait(number))
+            await eventually(lambda standing=number + 2: stand_in_line(leases, standing))  # type: ignore[misc]
+        await first.release()
+    assert served == list(range(10))
+    assert leases.watches == 1
+    await locks.close()
+
+
+async def stand_in_line(leases: MemoryLeases, count: int) -> bool:
+    """Whether so many do."""
+    return len((await leases.entries(">")).entries) == count
+
+
+class Waiter:
+    """Somebody who waits in the line of a bucket in memory, behind others."""
+
+    def __init__(self, snapshot: Snapshot, key: str) -> None:
+        self.line = Line()
+        self.line.learn(snapshot)
+        self.woken = asyncio.Event()
+        self.waiting = Waiting(key, self.line, snapshot.revision, self.woken.set)
+
+
+async def test_who_joins_a_watch_is_told_what_changed_since_his_reading() -> None:
+    async with MemoryLeases(MemoryLeaseServer(), "locks") as leases:
+        one, two, three = [await stand(leases, number) for number in range(3)]
+        snapshot = await leases.entries(">")
+        early, late = Waiter(snapshot, two.key), Waiter(snapshot, three.key)
+        lines = Lines(leases)
+        watch = lines.join(">", early.waiting)
+        assert watch is not None
+        await leases.release(one)
+        await early.woken.wait()
+        assert [place.entry.key for place in late.line.before(three.key)] == [one.key, two.key]
+        assert lines.join(">", late.waiting) is watch
+        assert [place.entry.key for place in late.line.before(three.key)] == [two.key]
+        assert not late.woken.is_set()
+        await leases.release(two)
+        await late.woken.wait()
+        await lines.leave(">", watch, two.key)
+        assert not watch.is_over
+        await lines.leave(">", watch, three.key)
+        assert watch.is_over
+
+
+async def test_whose_reading_is_too_old_reads_again() -> None:
+    async with MemoryLeases(MemoryLeaseServer(), "locks") as leases:
+        one, two = [await stand(leases, number) for number in range(2)]
+        old = Waiter(await leases.entries(">"), two.key)
+        await leases.release(one)
+        lines = Lines(leases)
+        new = Waiter(await leases.entries(">"), two.key)
+        watch = lines.join(">", new.waiting)
+        assert watch is not None
+        assert lines.join(">", old.waiting) is None
+        await lines.leave(">", watch, two.key)
+
+
+async def stand(leases: MemoryLeases, number: int) -> Lease:
+    """Take a place in line."""
+    ticket = Ticket(name=NAME, holder=f"h{number}").encoded()
+    lease = await leases.acquire(wire.lock_key(NAME, str(number)), ticket, 10)
+    assert lease is not None
+    return lease

@@ -12,7 +12,6 @@ from typing import Final
 from msgspec.structs import replace
 
 from agentflow import wire
-from agentflow.ending import end_tasks
 from agentflow.errors import Disconnected, LockTimeout, LogGone
 from agentflow.events import LockAcquired, LockReleased
 from agentflow.events import LockLost as Lost
@@ -20,6 +19,7 @@ from agentflow.leases.port import Lease
 from agentflow.locks.bucket import Opened
 from agentflow.locks.held import Held, Write
 from agentflow.locks.keeper import Keeper
+from agentflow.locks.lines import Lines, Waiting, Watch
 from agentflow.locks.ticket import Line, Place, Ticket
 from agentflow.logs import get_logger
 
@@ -46,6 +46,7 @@ class Contender:
         ttl_s: int,
         write: Write,
         *,
+        lines: Lines,
         clock: Callable[[], float],
         deadline: float | None,
     ) -> None:
@@ -54,6 +55,7 @@ class Contender:
         self._ticket = ticket
         self._ttl_s = ttl_s
         self._write = write
+        self._lines = lines
         self._clock = clock
         self._deadline = deadline
         self._pattern = wire.lock_keys(ticket.name)
@@ -112,18 +114,21 @@ class Contender:
             return lease
 
     async def _reach_the_front(self, keeper: Keeper) -> None:
-        after = await self._look()
-        self._line.require_agreement(self._key)
-        if self._is_first():
-            return
-        if self._deadline is not None and self._deadline <= self._clock():
-            raise self._timeout()
-        watching = asyncio.create_task(self._watch(after), name=f"line of {self._key}")
-        watching.add_done_callback(lambda _: self._moved.set())
+        while True:
+            since = await self._look()
+            self._line.require_agreement(self._key)
+            if self._is_first():
+                return
+            if self._deadline is not None and self._deadline <= self._clock():
+                raise self._timeout()
+            waiting = Waiting(self._key, self._line, since, self._moved.set)
+            watch = self._lines.join(self._pattern, waiting)
+            if watch is not None:
+                break
         try:
-            await self._wait(keeper, watching)
+            await self._wait(keeper, watch)
         finally:
-            await end_tasks(watching)
+            await self._lines.leave(self._pattern, watch, self._key)
 
     async def _look(self) -> int:
         """Read the line, which must hold our own ticket; the revision it was read at."""
@@ -138,20 +143,13 @@ class Contender:
             self._line.learn(snapshot)
             return snapshot.revision
 
-    async def _watch(self, after: int) -> None:
-        async for batch in self._leases.watch(self._pattern, after):
-            for change in batch:
-                self._line.apply(change)
-            self._moved.set()
-
-    async def _wait(self, keeper: Keeper, watching: asyncio.Task[None]) -> None:
+    async def _wait(self, keeper: Keeper, watch: Watch) -> None:
         """Until nobody is before us any more. Each round is caused by a change or a timer."""
         while True:
             self._moved.clear()
             if not keeper.is_kept():
                 raise TicketLost(keeper.reason)
-            if watching.done():
-                watching.result()
+            watch.check()
             if self._line.place(self._key) is None:
                 raise TicketLost("it was taken away")
             if self._is_first():

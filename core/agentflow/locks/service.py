@@ -17,6 +17,7 @@ from agentflow.errors import Disconnected, InvalidRequest, LockTimeout, LogGone,
 from agentflow.locks.bucket import Opened
 from agentflow.locks.contender import Contender, TicketLost
 from agentflow.locks.held import Held, Write
+from agentflow.locks.lines import Lines
 from agentflow.locks.ticket import Line, Mode, Place, Ticket, in_lines
 from agentflow.logs import get_logger
 
@@ -74,6 +75,7 @@ class Locks:
         self._write = write
         self._clock = clock
         self._bucket: Opened | None = None
+        self._lines: tuple[Opened, Lines] | None = None
         self._opening = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
         self._held: set[Held] = set()
@@ -95,7 +97,15 @@ class Locks:
         deadline = None if wait_s is None else self._clock() + wait_s
         for _ in range(_ATTEMPTS_MAX):
             bucket = await self._reached(deadline)
-            contender = Contender(bucket, ticket, ttl_s, self._write, clock=self._clock, deadline=deadline)
+            contender = Contender(
+                bucket,
+                ticket,
+                ttl_s,
+                self._write,
+                lines=self._lines_of(bucket),
+                clock=self._clock,
+                deadline=deadline,
+            )
             try:
                 held = await contender.acquire()
             except TicketLost as lost:
@@ -153,6 +163,11 @@ class Locks:
             if self._bucket is None:
                 self._bucket = await self._find_bucket()
             return self._bucket
+
+    def _lines_of(self, bucket: Opened) -> Lines:
+        if self._lines is None or self._lines[0] is not bucket:
+            self._lines = (bucket, Lines(bucket.leases))
+        return self._lines[1]
 
     def _forget(self, bucket: Opened) -> None:
         if self._bucket is bucket:
