@@ -36,6 +36,12 @@ async def clients(nats_server: NatsServer) -> AsyncGenerator[list[Client], None]
         yield [one, two]
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is left who would create a bucket that the log tells of: it is not waited for long."""
+    monkeypatch.setattr("agentflow.locks.bucket._PATIENCE_S", 0.2)
+
+
 class Journal:
     """A fenced resource: it refuses tokens below the highest it has seen."""
 
@@ -399,6 +405,7 @@ async def test_a_silent_waiter_holds_nobody_up_for_longer_than_his_time_to_live(
         proxy.heal()
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_bucket_deleted_under_a_holder_is_a_loss_and_tokens_rise(clients: list[Client]) -> None:
     one, two = clients
     held = await one.lock(LOCK, ttl_s=TTL_S).acquire()
@@ -418,9 +425,10 @@ async def test_a_bucket_deleted_under_a_holder_is_a_loss_and_tokens_rise(clients
     assert await opened(one) == [1, 2]
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_bucket_that_came_back_from_the_dead_is_not_used(clients: list[Client]) -> None:
     one, two = clients
-    first = await one.lock(LOCK).acquire()
+    first = await one.lock(LOCK, ttl_s=1).acquire()
     await one.bus.js_api(f"STREAM.DELETE.{STREAM}", b"", 5)
     await create_bucket(one.bus, first_seq=0)
     second = await two.lock(LOCK).acquire()
@@ -430,6 +438,7 @@ async def test_a_bucket_that_came_back_from_the_dead_is_not_used(clients: list[C
     assert third.token > second.token
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_bucket_newer_than_the_log_tells_is_kept(clients: list[Client]) -> None:
     one, two = clients
     await create_bucket(one.bus, first_seq=7 << 32)
