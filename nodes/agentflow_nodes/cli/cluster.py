@@ -31,7 +31,7 @@ from agentflow.frames import encode
 from agentflow.notices import StatusRequest
 from agentflow_nodes.cli.errors import CliError, Exit, operating
 from agentflow_nodes.cli.kept import check_log, keep_log
-from agentflow_nodes.embedded import EmbeddedCluster, EmbeddedServer, replicas_of
+from agentflow_nodes.embedded import EmbeddedCluster, EmbeddedServer, disk_full, disk_roomy, replicas_of
 from agentflow_nodes.embedded.replicated import check_replicas
 
 READY_S_MAX: Final = 60.0
@@ -91,11 +91,17 @@ class Cluster:
             await check_log(self.config.data_dir, self.urls, self.config.namespace)
             stack.push_async_callback(self._stop)
             self._make_children()
-            async with asyncio.timeout(READY_S_MAX):
-                await asyncio.gather(*(child.start() for child in self._children()))
-                await self._wait_leader()
+            try:
+                async with asyncio.timeout(READY_S_MAX):
+                    await asyncio.gather(*(child.start() for child in self._children()))
+                    await self._wait_leader()
+            except TimeoutError as error:
+                raise operating(
+                    f"not ready within {READY_S_MAX:g} s; see the logs in {self.log_dir}"
+                ) from error
             await keep_log(self.config.data_dir, self.urls, self.config.namespace)
             self._keepers = [asyncio.create_task(self._keep(child)) for child in self._children()]
+            self._keepers.append(asyncio.create_task(self._watch_disk(), name="disk"))
             self._stack = stack.pop_all()
         return self
 
@@ -208,6 +214,20 @@ class Cluster:
                 if error.code is Exit.LOG_GONE:
                     self._halt_because_of(child)
                     return
+
+    async def _watch_disk(self) -> None:
+        """Say that the disk is full; once there is room let the servers start anew, or they go on refusing."""
+        assert self._server is not None
+        folder = self.config.data_dir
+        while True:
+            await disk_full(folder)
+            self._tell(
+                f"The disk of {folder} is full: nothing more is accepted, and nothing accepted is lost."
+                " Make room there, and work goes on."
+            )
+            await disk_roomy(folder)
+            self._tell(f"The disk of {folder} has room again: starting NATS anew")
+            await self._server.renew()
 
     def _halt_because_of(self, child: Child) -> None:
         self._halt = CliError(f"{child.name} halted: {child.last_words()}", Exit.LOG_GONE)

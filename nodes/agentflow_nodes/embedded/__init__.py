@@ -12,11 +12,23 @@ What can go wrong with a child process that keeps the data, and what is done abo
 - *Ctrl-C in the terminal reaches the server before we have drained.* It runs in a session of
   its own.
 - *The disk is full, so it cannot even log.* Its stdout and stderr go to memory.
+- *The disk was full, and it goes on refusing.* Who watches the disk (`disk_full`, `disk_roomy`) lets it
+  be started anew.
 - *One of several servers dies.* Each is watched by itself; the others go on without it.
 """
 
+from agentflow_nodes.embedded.folder import disk_full, disk_roomy
 from agentflow_nodes.embedded.program import VERSION_MIN, find_server
 from agentflow_nodes.embedded.replicated import EmbeddedCluster, replicas_of
 from agentflow_nodes.embedded.server import EmbeddedServer, Sync
 
-__all__ = ["VERSION_MIN", "EmbeddedCluster", "EmbeddedServer", "Sync", "find_server", "replicas_of"]
+__all__ = [
+    "VERSION_MIN",
+    "EmbeddedCluster",
+    "EmbeddedServer",
+    "Sync",
+    "disk_full",
+    "disk_roomy",
+    "find_server",
+    "replicas_of",
+]

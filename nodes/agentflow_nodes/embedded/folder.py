@@ -15,6 +15,11 @@ import psutil
 
 from agentflow.errors import OperatingError
 
+FULL_BYTES: Final = 16 * 1024 * 1024
+"""A disk with less than this free is as good as full."""
+# A disk is not called roomy again as soon as a little was removed.
+_ROOMY_BYTES: Final = 2 * FULL_BYTES
+_LOOK_S: Final = 1.0
 # Of what is free on the disk, so much is left to others.
 _SPARED_SHARE: Final = 0.1
 # How long a server may outlive the process that started it and was killed.
@@ -97,6 +102,24 @@ def writing(folder: Path) -> Generator[None]:
 def store_limit(folder: Path) -> int:
     """What the store may grow to: what it has now, and most of what is free."""
     return used_bytes(folder) + int(shutil.disk_usage(folder).free * (1 - _SPARED_SHARE))
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes free on the folder's disk."""
+    with writing(folder):
+        return shutil.disk_usage(folder).free
+
+
+async def disk_full(folder: Path) -> None:
+    """Wait until its disk is as good as full. Raises OperatingError."""
+    while free_bytes(folder) >= FULL_BYTES:  # noqa: ASYNC110 - no file system tells
+        await asyncio.sleep(_LOOK_S)
+
+
+async def disk_roomy(folder: Path) -> None:
+    """Wait until there is room on its disk again. Raises OperatingError."""
+    while free_bytes(folder) < _ROOMY_BYTES:  # noqa: ASYNC110 - no file system tells
+        await asyncio.sleep(_LOOK_S)
 
 
 def used_bytes(folder: Path) -> int:

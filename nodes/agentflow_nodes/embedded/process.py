@@ -14,12 +14,11 @@ from typing import Any, Final, Self
 
 from agentflow.errors import OperatingError
 from agentflow.logs import get_logger
-from agentflow_nodes.embedded.folder import size, tail_of
+from agentflow_nodes.embedded.folder import FULL_BYTES, size, tail_of
 from agentflow_nodes.embedded.program import launcher
 
 LOG_FILE: Final = "nats-server.log"
 
-_FULL_BYTES: Final = 16 * 1024 * 1024
 # Recovering a large store takes its time.
 _START_S_MAX: Final = 120.0
 _POLL_INTERVAL_S: Final = 0.002
@@ -152,4 +151,4 @@ class Run:
             free = shutil.disk_usage(self._folder).free
         except OSError:
             return ""
-        return f"the disk of {self._folder} is full ({free} bytes free): " if free < _FULL_BYTES else ""
+        return f"the disk of {self._folder} is full ({free} bytes free): " if free < FULL_BYTES else ""

@@ -97,6 +97,10 @@ class EmbeddedCluster:
         await asyncio.gather(*(server.__aexit__(None, None, None) for server in self.servers))
         await self._stack.aclose()
 
+    async def renew(self) -> None:
+        """End the servers, to be started again: after their disk was full they go on refusing."""
+        await asyncio.gather(*(server.renew() for server in self.servers))
+
     @property
     def urls(self) -> list[str]:
         """Where clients on this machine connect."""

@@ -109,6 +109,7 @@ class EmbeddedServer:
         self._lock_fd: int | None = None
         self._run: Run | None = None
         self._keeper: asyncio.Task[None] | None = None
+        self._renewing = False
 
     async def __aenter__(self) -> Self:
         assert self._lock_fd is None, "entered twice"
@@ -136,6 +137,12 @@ class EmbeddedServer:
         lock_fd, self._lock_fd = self._lock_fd, None
         if lock_fd is not None:
             os.close(lock_fd)
+
+    async def renew(self) -> None:
+        """End the server, for its keeper to start it again: after its disk was full it goes on refusing."""
+        if self._run is not None and self._restart_if_dies:
+            self._renewing = True
+            await self._run.stop()
 
     @property
     def max_store_bytes(self) -> int:
@@ -280,7 +287,9 @@ class EmbeddedServer:
         """Wait until the server has ended; returns how many seconds it ran."""
         assert self._run is not None, "nothing to wait for"
         ran_s = await self._run.wait_dead()
-        _log.error("nats-server died", **self._run.obituary())
+        if not self._renewing:
+            _log.error("nats-server died", **self._run.obituary())
+        self._renewing = False
         await self._run.stop()
         return ran_s
 
