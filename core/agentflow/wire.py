@@ -182,11 +182,6 @@ def object_meta(namespace: str, name: str) -> str:
     return f"$O.{object_bucket(namespace)}.M.{encoded}"
 
 
-def leader_lease(namespace: str) -> str:
-    """The key of a namespace's leader lease."""
-    return f"leader.{namespace}"
-
-
 def master_session(name: str) -> str:
     """The key of a master's session lease ("*": all)."""
     return f"master.{name}"

@@ -10,6 +10,7 @@ import pytest
 
 import agentflow
 from agentflow import frames, wire
+from agentflow.ending import end_tasks
 from agentflow.errors import LogGone
 from agentflow.events import LeaderElected, Policy
 from agentflow.limits import FRAME_BYTES_MAX
@@ -66,6 +67,23 @@ async def test_it_stops_when_its_log_is_gone(cluster: Cluster) -> None:
     await cluster.client(name="second")  # creates it anew
     with pytest.raises(LogGone):
         await asyncio.wait_for(master.ended(), SOON_S)
+
+
+async def test_of_a_namespace_that_is_gone_nothing_is_left_and_it_may_come_again(cluster: Cluster) -> None:
+    master = await cluster.master(namespaces=("default",), discover=True)
+    client = await cluster.client()
+    listens: list[int] = []
+    ended = asyncio.create_task(master.ended())
+    for name in ("first", "second"):
+        await cluster.client(namespace="shop", name=name)  # creates the log
+        await eventually(lambda: "shop" in master.seats and master.seats["shop"].leading)
+        listens.append(len(master.bus._subscriptions))
+        await client.bus.js_api("STREAM.DELETE.AF_shop", b"", 5.0)
+        await eventually(lambda: "shop" not in master.seats)
+    assert listens[0] == listens[1]
+    assert not any("shop" in name for name in master._tasks.values())
+    assert not ended.done()
+    await end_tasks(ended)
 
 
 async def test_a_nearly_full_log_takes_outcomes_but_no_submissions(

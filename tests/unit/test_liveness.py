@@ -108,6 +108,15 @@ def test_nonsense_is_no_heartbeat() -> None:
     assert ward.after(0.0) == ["no heartbeat for 5 s"]
 
 
+def test_who_stands_by_does_not_remember_every_worker_there_ever_was() -> None:
+    ward = Ward()
+    for incarnation in range(20_000):
+        ward.now += 1.0
+        ward.beat(incarnation=incarnation)
+    assert len(ward.liveness._heard) < 2_000
+    assert ("w1", 19_999) in ward.liveness._heard
+
+
 class TestStalled:
     """Its keeper speaks for a worker whose event loop stands still."""
 

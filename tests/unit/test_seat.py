@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Callable
 from agentflow import wire
 from agentflow.domain.state import Namespace
 from agentflow.ending import end_tasks
+from agentflow.events import LeaderElected
+from agentflow.frames import encode
 from agentflow.leases.memory import MemoryLeases, MemoryLeaseServer
 from agentflow.log.memory import MemoryLog, MemoryServer
 from agentflow.log.port import Done, Frame, Reason, Refused
@@ -34,9 +36,9 @@ class World:
         self.masters: list[Master] = []
         self._written = 0
 
-    def start(self, name: str, level: int = 2) -> Master:
+    def start(self, name: str, level: int = 2, instance: str = "") -> Master:
         """A master, running."""
-        self.masters.append(Master(self, name, level))
+        self.masters.append(Master(self, name, level, instance or f"{name}-1"))
         return self.masters[-1]
 
     async def leader(self, name: str, level: int = 2) -> Master:
@@ -73,8 +75,9 @@ class World:
 class Master:
     """One master with one seat."""
 
-    def __init__(self, world: World, name: str, level: int) -> None:
+    def __init__(self, world: World, name: str, level: int, instance: str) -> None:
         self.name = name
+        self._instance = instance
         config = MasterConfig(namespace=NAMESPACE, name=name, lease_ttl_s=TTL_S, level=level)
         self._seat: Seat | None = None
         self.sessions = Sessions(
@@ -85,7 +88,7 @@ class Master:
             clock=world.clock,
         )
         log = MemoryLog(world.log_server, NAMESPACE)
-        self._seat = Seat(log, config, f"{name}-1", self.sessions, lambda _: None, clock=world.clock)
+        self._seat = Seat(log, config, instance, self.sessions, lambda _: None, clock=world.clock)
         self.tasks = [asyncio.ensure_future(self._sit(log)), asyncio.ensure_future(self.sessions.run())]
 
     async def _sit(self, log: MemoryLog) -> None:
@@ -94,9 +97,7 @@ class Master:
 
     def _describe(self) -> Session:
         seats = {NAMESPACE: self._seat.report()} if self._seat is not None else {}
-        return Session(
-            self.name, f"{self.name}-1", seats=seats, level=self.seat._config.level if seats else 1
-        )
+        return Session(self.name, self._instance, seats=seats, level=self.seat._config.level if seats else 1)
 
     def _look(self) -> None:
         self.seat.look()
@@ -188,6 +189,47 @@ async def test_a_leader_that_is_told_busy_for_long_makes_way(world: World) -> No
     assert 2 * TTL_S <= took <= 4 * TTL_S
     await world.until(lambda: not b.state.answers)
     assert not a.leading
+
+
+@simulated
+async def test_one_that_cannot_write_makes_way_at_once_when_asked(world: World) -> None:
+    a = await world.leader("a")
+    b = world.start("b")
+    await world.settled()
+    world.log_server.inject(*[Refused(Reason.FULL, 10077, "maximum bytes exceeded")] * 1_000)
+    world.log_server._faults.appendleft(None)  # type: ignore[arg-type] # the submission passes
+    await world.ask_for_a_decision()
+    await asyncio.sleep(10 * TTL_S)
+    assert a.leading, "nobody could do better"
+    a.seat.hand_over("b")
+    await world.until(lambda: not a.leading, within_s=1.0)
+    world.log_server._faults.clear()
+    await world.until(lambda: b.leading and not b.state.answers, within_s=1.0)
+
+
+@simulated
+async def test_one_elected_who_never_says_so_is_not_waited_for_for_ever(world: World) -> None:
+    """Its session lives, but it does not read the log any more."""
+    a = await world.leader("a", level=1)
+    b = world.start("b", level=1)
+    await world.settled()
+    await end_tasks(b.tasks[0])
+    election = encode([LeaderElected(epoch=2, master="b", level=1)])
+    await world.write(wire.elected(NAMESPACE), election)
+    await world.until(lambda: not a.leading, within_s=0.5)
+    took = await world.until(lambda: a.leading)
+    assert TTL_S < took <= 3 * TTL_S
+
+
+@simulated
+async def test_one_deposed_by_another_of_its_name_does_not_fight_for_its_place(world: World) -> None:
+    first = await world.leader("a")
+    second = world.start("a", instance="a-2")
+    await end_tasks(first.tasks[1])  # its session is not renewed
+    for _ in range(1_000 * 3 * TTL_S):
+        await world.ask_for_a_decision()
+        await asyncio.sleep(0.001)
+    assert (first.state.epoch, first.leading, second.leading) == (2, False, True)
 
 
 @simulated

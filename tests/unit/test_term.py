@@ -87,6 +87,33 @@ async def test_a_leader_at_rest_notices_that_another_was_elected() -> None:
         assert deposed is End.DEPOSED
 
 
+async def test_of_two_with_one_name_the_later_is_a_successor_and_is_not_contested() -> None:
+    server = MemoryServer()
+    async with MemoryLog(server, NAMESPACE) as log:
+        first, namesake, again = (Master(log, "m") for _ in range(3))
+        following = [asyncio.create_task(master.follower.run()) for master in (first, namesake, again)]
+        assert await first.leader.elect()
+        assert await namesake.leader.elect()
+        unheard = {first.leader.signature}
+        assert not await again.leader.elect(after=first.leader.elected_seq, unheard=unheard)
+        await end_tasks(*following)
+        assert again.leader.deposed
+        assert (await log.identity()).last_seq == 2
+
+
+async def test_an_election_of_ones_own_of_which_nothing_was_heard_is_no_successor() -> None:
+    server = MemoryServer()
+    async with MemoryLog(server, NAMESPACE) as log:
+        first, unheard, again = (Master(log, "m") for _ in range(3))
+        following = [asyncio.create_task(master.follower.run()) for master in (first, unheard, again)]
+        assert await first.leader.elect()
+        assert await unheard.leader.elect()
+        after = first.leader.elected_seq
+        assert await again.leader.elect(after=after, unheard={unheard.leader.signature})
+        await end_tasks(*following)
+        assert again.follower.state.epoch == 3
+
+
 async def _assigned(server: MemoryServer) -> list[str]:
     messages: Sequence[Message] = server.streams[NAMESPACE].messages
     subject = wire.event(NAMESPACE, TaskAssigned.kind, "w1")

@@ -12,7 +12,8 @@ from agentflow.domain.fold import fold
 from agentflow.domain.state import Ended, Namespace
 from agentflow.frames import Judged, judge
 from agentflow.limits import LEVEL
-from agentflow.log.port import Log, Message
+from agentflow.log.port import Frame, Log, Message
+from agentflow.log.stored import is_stored_as
 
 SLICE_S: Final = 0.02
 """Folding pauses this often to let the event loop do something else."""
@@ -35,16 +36,17 @@ class Follower:
         self._clock = clock
         self._folded_at = clock()
         self._awaited: list[tuple[int, asyncio.Future[None]]] = []
-        self._own: dict[str, tuple[bytes, Judged]] = {}
+        self._own: dict[str, tuple[Frame, Judged]] = {}
 
     @property
     def now_ms(self) -> int:
         """Log time now: that of the last message folded, and what has passed since."""
         return self.state.clock_ms + int((self._clock() - self._folded_at) * 1000)
 
-    def expect(self, msg_id: str, data: bytes, judged: Judged) -> None:
-        """A message about to be written by ourselves: it need not be judged again when read."""
-        self._own[msg_id] = (data, judged)
+    def expect(self, frame: Frame, judged: Judged) -> None:
+        """A frame about to be written by ourselves: it need not be judged again when read."""
+        assert frame.msg_id is not None, "a decision has an id"
+        self._own[frame.msg_id] = (frame, judged)
 
     def forget(self) -> None:
         """What was expected may never come."""
@@ -76,7 +78,7 @@ class Follower:
     def _judge(self, message: Message) -> Judged:
         if self._own and message.headers is not None:
             own = self._own.pop(message.headers.get(wire.MSG_ID, ""), None)
-            if own is not None and own[0] == message.data:
+            if own is not None and is_stored_as(own[0], message):
                 return own[1]
         return judge(message.subject, message.data, message.headers)
 

@@ -13,7 +13,7 @@ import enum
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from msgspec.structs import replace
@@ -22,11 +22,13 @@ from agentflow import wire
 from agentflow.domain.plan import Plan, Silence, plan
 from agentflow.ending import end_tasks
 from agentflow.errors import LogGone, OperatingError
-from agentflow.events import Event, LeaderElected, Policy, PolicyChanged, Role, TaskAssigned, TaskQuarantined
-from agentflow.frames import Decision, Judged, TooLarge, compose, encode, level_headers, level_of
+from agentflow.events import LeaderElected, Policy, PolicyChanged
+from agentflow.frames import Decision, encode
 from agentflow.limits import LEVEL_FIRST
 from agentflow.log.port import Appended, Done, Fence, Frame, Log, Reason, Refused
+from agentflow.log.stored import msg_id_of
 from agentflow.logs import get_logger
+from agentflow_nodes.master.composing import Composer
 from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.follower import Follower
 
@@ -39,7 +41,6 @@ BYTES_OPEN_SHARE: Final = 0.7
 _WAKE_S_MAX: Final = 0.25
 _PAUSE_S_FIRST: Final = 0.005
 _PAUSE_S_MAX: Final = 0.5
-_FRAME_EVENTS: Final = 1_000
 _PATIENCE_TTLS: Final = 2
 """Times to live of a lease after which a leader that cannot write gives up."""
 
@@ -85,6 +86,7 @@ class Leader:
         self._patience_s = _PATIENCE_TTLS * config.lease_ttl_s
         self._end: End | None = None
         self._numbers = itertools.count(1)
+        self._composer = Composer(follower.state, config.name, self._new_msg_id)
         self._wake = asyncio.Event()
         self._timer: asyncio.Handle | None = None
         self._look_at = 0.0
@@ -113,12 +115,21 @@ class Leader:
         self._end = self._end or why
         self._wake.set()
 
-    async def elect(self, *, level: int = LEVEL_FIRST, after: int | None = None) -> bool:
+    @property
+    def signature(self) -> str:
+        """What the message ids of this term begin with."""
+        return f"{self._name}.{self._nonce}"
+
+    async def elect(
+        self, *, level: int = LEVEL_FIRST, after: int | None = None, unheard: Collection[str] = ()
+    ) -> bool:
         """Try to be elected; True once the election is read back and counts.
 
         The compare-and-set is on whatever lies last on the subject, also if it is noise.
         With `after`, the sequence of the last election known, a valid successor is not
-        contested: False, and `deposed` is set.
+        contested: False, and `deposed` is set. An election of our own of which we did not
+        hear is no successor: it bears one of the signatures `unheard`. That of another master
+        of our name is one.
         """
         subject = wire.elected(self._log.namespace)
         self._replicas = (await self._log.identity()).replicas
@@ -131,8 +142,7 @@ class Leader:
                 f"the last election, message {known_seq}, is not in the log any more: was it purged?"
             )
         state = self._follower.state
-        # An election of our own of which we did not hear is no successor.
-        if after is not None and state.elected_seq > after and state.leader != self._name:
+        if after is not None and state.elected_seq > after and not await self._is_among(unheard):
             self.deposed = True
             return False
         epoch = state.epoch + 1
@@ -161,6 +171,14 @@ class Leader:
             counts=self.leading,
         )
         return self.leading
+
+    async def _is_among(self, signatures: Collection[str]) -> bool:
+        """Whether the election that counts was written under one of them."""
+        if not signatures:
+            return False
+        message = await self._log.read(self._follower.state.elected_seq)
+        msg_id = msg_id_of(message) if message is not None else None
+        return (msg_id or "").rpartition(".")[0] in signatures
 
     async def lead(self) -> End:
         """Plan and write until the term ends."""
@@ -250,11 +268,7 @@ class Leader:
     async def _write(self, made: Plan, now_ms: int) -> End | None:
         state = self._follower.state
         decision = Decision(state.epoch, state.seq, now_ms, state.policy.version)
-        frames = [
-            frame
-            for (kind, actor), events in made.decisions.items()
-            for frame in self._frames(kind, actor, events, decision)
-        ]
+        frames = self._frames(made, decision)
         if self._replicas > 1:
             for frame in frames:
                 end = self._judge_append(await self._append(frame))
@@ -273,49 +287,13 @@ class Leader:
                     return end
         return None
 
-    def _frames(self, kind: str, actor: str, events: list[Event], decision: Decision) -> list[Frame]:
-        subject = wire.event(self._log.namespace, kind, actor)
-        role = Role.LEADER
+    def _frames(self, made: Plan, decision: Decision) -> list[Frame]:
         frames = []
-        for start in range(0, len(events), _FRAME_EVENTS):
-            chunk = events[start : start + _FRAME_EVENTS]
-            try:
-                filled = compose(chunk)
-            except TooLarge:
-                frames += self._frames_one_by_one(chunk, decision)
-                continue
-            level = level_of(chunk)
-            headers = {wire.DECISION: decision.header(), **(level_headers(chunk) or {})}
-            place = 0
-            for data, count in filled:
-                msg_id = self._new_msg_id()
-                judged = Judged(kind, actor, role, chunk[place : place + count], None, decision, level)
-                self._follower.expect(msg_id, data, judged)
-                frames.append(Frame(subject, data, msg_id, headers))
-                place += count
+        for (kind, actor), events in made.decisions.items():
+            for frame, judged in self._composer.frames(kind, actor, events, decision):
+                self._follower.expect(frame, judged)
+                frames.append(frame)
         return frames
-
-    def _frames_one_by_one(self, events: list[Event], decision: Decision) -> list[Frame]:
-        """Decisions one of which does not fit a frame: that one fails its task, once."""
-        frames: list[Frame] = []
-        for event in events:
-            actor = self._worker_of(event)
-            try:
-                compose([event])
-            except TooLarge as error:
-                given_up = TaskQuarantined(id=getattr(event, "id", ""), reason="too_large", detail=str(error))
-                frames += self._frames(given_up.kind, self._name, [given_up], decision)
-            else:
-                frames += self._frames(event.kind, actor, [event], decision)
-        return frames
-
-    def _worker_of(self, event: Event) -> str:
-        if isinstance(event, TaskAssigned):
-            workers = self._follower.state.workers.values()
-            return next(
-                (worker.name for worker in workers if worker.incarnation == event.incarnation), self._name
-            )
-        return self._name
 
     async def _append(self, frame: Frame) -> Appended:
         pause_s = _PAUSE_S_FIRST
@@ -326,6 +304,7 @@ class Leader:
                 return appended
             if appended.reason is Reason.BUSY and self._clock() > until:
                 self._end = self._end or End.STUCK
+            if self._end is not None:
                 return appended
             if pause_s >= _PAUSE_S_MAX:
                 _log.warning(
@@ -396,4 +375,4 @@ class Leader:
             await self._wake.wait()
 
     def _new_msg_id(self) -> str:
-        return f"{self._name}.{self._nonce}.{next(self._numbers)}"
+        return f"{self.signature}.{next(self._numbers)}"

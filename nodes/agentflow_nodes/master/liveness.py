@@ -32,6 +32,9 @@ SIGNS_SERVICE: Final = "workers"
 """The service that tells the workers' last signs of life."""
 _SIGNS_MAX: Final = 2_000
 """Workers told of in one answer."""
+_ROOM_MIN: Final = 1_000
+_KEPT_TTLS: Final = 10
+"""Times to live for which a silent worker is remembered: far longer than a leader takes to give it up."""
 
 _log = get_logger(__name__)
 
@@ -99,21 +102,29 @@ class Liveness:
         self._stall_s_max = stall_s_max
         self._clock = clock
         self._heard: dict[_Key, _Heard] = {}
+        self._room = _ROOM_MIN
+        """So many may be known before the silent ones are forgotten."""
         # Assignments that were not read when we looked: their sequence, and since when.
         self._unread: dict[_Key, tuple[int, float]] = {}
         self._fresh_at = clock()
         self._connected = True
+        self._ends: list[Callable[[], object]] = []
 
     async def listen(self, bus: Bus) -> None:
         """Subscribe; heartbeats count from now on, and who asks is told of them."""
-        await bus.subscribe(wire.heartbeat(self._namespace, "*"), self._on_heartbeat)
+        beats = await bus.subscribe(wire.heartbeat(self._namespace, "*"), self._on_heartbeat)
 
         def answer(_subject: str, _data: bytes, reply: str, _headers: object) -> None:
             if reply:
                 self._answer(bus, reply)
 
-        await bus.subscribe(wire.service(self._namespace, SIGNS_SERVICE), answer, "masters")
-        bus.watch(self._on_connection)
+        asked = await bus.subscribe(wire.service(self._namespace, SIGNS_SERVICE), answer, "masters")
+        self._ends += [beats.end, asked.end, bus.watch(self._on_connection)]
+
+    def close(self) -> None:
+        """Listen no more."""
+        for end in self._ends:
+            end()
 
     def refresh(self) -> None:
         """Give everybody a full time to live from now."""
@@ -132,6 +143,8 @@ class Liveness:
             _log.warning("a heartbeat could not be read", worker=worker[:64], error=str(error))
             return
         now = self._clock()
+        if len(self._heard) >= self._room:
+            self._forget_the_silent(now)
         heard = self._heard.setdefault((worker, beat.incarnation), _Heard(now, now))
         if not beat.stalled:
             heard.awake = now
@@ -178,6 +191,12 @@ class Liveness:
         elif unread is not None:
             del self._unread[key]
         return False
+
+    def _forget_the_silent(self, now: float) -> None:
+        """Who only stands by is not told by a leader's look at the workers who is gone."""
+        kept_s = _KEPT_TTLS * max(self._ttl_s, self._stall_s_max)
+        self._forget({key for key, heard in self._heard.items() if now - heard.at <= kept_s})
+        self._room = max(_ROOM_MIN, 2 * len(self._heard))
 
     def _answer(self, bus: Bus, reply: str) -> None:
         now = self._clock()

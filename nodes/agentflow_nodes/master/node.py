@@ -8,7 +8,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
@@ -60,6 +60,8 @@ class Master:
         self._stack = AsyncExitStack()
         self._leaving = False
         self._unfit: set[str] = set()
+        self._beside: dict[str, tuple[Callable[[], object], ...]] = {}
+        """What ends what goes on beside each seat."""
 
     async def __aenter__(self) -> Self:
         gc.set_threshold(*_GC_THRESHOLD)
@@ -99,6 +101,8 @@ class Master:
     def _settle(self, task: asyncio.Task[None]) -> None:
         """Raise what ended a task, unless it is a log of several that is gone."""
         namespace = self._tasks.pop(task)
+        if task.cancelled():
+            return  # with its seat
         try:
             task.result()
         except LogGone as error:
@@ -108,6 +112,8 @@ class Master:
                 "the log is gone: this namespace is served no more", namespace=namespace, error=str(error)
             )
             del self.seats[namespace]
+            for end in self._beside.pop(namespace):
+                end()
             self._sessions.touch()
 
     # Seats -----------------------------------------------------------------------------
@@ -122,7 +128,8 @@ class Master:
         await services.listen()
         self.seats[namespace] = seat
         self._start(seat.run(), namespace)
-        self._start(self._sweep(namespace, seat, log), f"abandoned locks of {namespace}")
+        sweep = self._start(self._sweep(namespace, seat, log), f"abandoned locks of {namespace}")
+        self._beside[namespace] = (sweep.cancel, seat.liveness.close, services.close)
 
     async def _wait_caught_up(self) -> None:
         caught_up = asyncio.ensure_future(self._all_caught_up())
@@ -225,15 +232,19 @@ class Master:
                 self._unfit.add(namespace)
                 _log.warning("not a log of ours: this namespace is not served", error=str(error))
                 continue
+            except OperatingError as error:  # the others are found all the same
+                _log.warning("a namespace is not served yet", namespace=namespace, error=str(error))
+                continue
             _log.info("namespace found", namespace=namespace)
             self._sessions.touch()
 
     # Tasks -----------------------------------------------------------------------------
 
-    def _start(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+    def _start(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine, name=name)
         task.add_done_callback(self._done.put_nowait)
         self._tasks[task] = name
+        return task
 
     async def _end_tasks(self) -> None:
         await end_tasks(*self._tasks)

@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final
 
 from agentflow import wire
@@ -33,6 +33,8 @@ from agentflow_nodes.master.liveness import Liveness
 from agentflow_nodes.master.sessions import Sessions
 from agentflow_nodes.master.sharing import SeatReport, Standing, is_named, leader_of, ranking
 
+_PATIENCE_TTLS: Final = 2
+"""Times to live of a lease for which nothing is given up."""
 _LOOK_S: Final = 1.0
 """Whose turn it is, is looked at this often even if nothing is told."""
 _TURN_S: Final = 0.5
@@ -88,6 +90,10 @@ class Seat:
         self._looked_at = clock()
         self._orphan_since: float | None = None
         self._not_before = float("-inf")
+        self._patience_s = _PATIENCE_TTLS * config.lease_ttl_s
+        self._epoch_seen = 0
+        self._elected_at = clock()
+        """When we read the last election."""
         self._level_seen = LEVEL_FIRST
         self._level_rose = asyncio.Event()
         self._registering = asyncio.Lock()
@@ -170,6 +176,9 @@ class Seat:
             leader.wake()
         self._note_caught_up()
         state = self.follower.state
+        if state.epoch != self._epoch_seen:
+            self._epoch_seen = state.epoch
+            self._elected_at = self._clock()
         if state.level != self._level_seen:
             self._level_seen = state.level
             self._level_rose.set()
@@ -212,14 +221,16 @@ class Seat:
     def _until_turn_s(self) -> float:
         """Seconds until it is our turn, as far as is known now; 0 or less: it is."""
         sessions, state = self._sessions.alive(), self.follower.state
+        now = self._clock()
+        # His session says so soon: if not, he does not read the log.
+        elected = state.leader if now - self._elected_at < self._patience_s else ""
         waits = self._leaving or not self._sessions.held
-        if waits or leader_of(self.namespace, sessions, state.leader, state.epoch) is not None:
+        if waits or leader_of(self.namespace, sessions, elected, state.epoch) is not None:
             self._orphan_since = None
             if self._successor:
                 self._successor = ""
                 self._sessions.touch()
             return _LOOK_S
-        now = self._clock()
         if self._orphan_since is None:
             self._orphan_since = now
         order = ranking(self.namespace, sessions)
@@ -262,15 +273,20 @@ class Seat:
     async def _lead(self) -> End:
         """Lead, one term after the other, until one ends for good or nothing can be written any more."""
         last_term = self.follower.state.elected_seq
-        patience_s = 2 * self._config.lease_ttl_s
+        unheard: set[str] = set()
+        patience_s = self._patience_s
         give_up_at = self._clock() + patience_s
         while not self._leaving:
             begun = self._clock()
             leader = self._leader = self._new_leader()
-            end = await self._term(leader, last_term)
+            end = await self._term(leader, last_term, unheard)
             if end in _OVER:
                 return end
-            last_term = max(last_term, leader.elected_seq)
+            if leader.elected_seq:
+                last_term = leader.elected_seq
+                unheard.clear()
+            else:
+                unheard.add(leader.signature)
             now = self._clock()
             if leader.wrote or (leader.elected_seq and now - begun > patience_s):
                 give_up_at = now + patience_s
@@ -280,10 +296,10 @@ class Seat:
             await asyncio.sleep(_ELECT_PAUSE_S)
         return End.RETIRED
 
-    async def _term(self, leader: Leader, last_term: int) -> End:
+    async def _term(self, leader: Leader, last_term: int, unheard: Collection[str]) -> End:
         try:
             await self._register()
-            if await leader.elect(level=self._level(), after=last_term):
+            if await leader.elect(level=self._level(), after=last_term, unheard=unheard):
                 self._sessions.touch()
                 self._look_again()
                 return await leader.lead()

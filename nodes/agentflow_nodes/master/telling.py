@@ -9,7 +9,7 @@ import msgspec
 from msgspec import UNSET, Struct
 
 from agentflow import wire
-from agentflow.bus import Bus
+from agentflow.bus import Bus, Subscription
 from agentflow.domain.life import WorkflowState
 from agentflow.domain.state import Ended, Namespace
 from agentflow.errors import AgentFlowError
@@ -130,12 +130,18 @@ class Services:
         self._state = state
         self._leading = leading
         self._now_ms = now_ms
+        self._offered: list[Subscription] = []
 
     async def listen(self) -> None:
         """Offer the services."""
         namespace = self._state.name
-        await self._bus.subscribe(wire.service(namespace, "status"), self._on_status)
-        await self._bus.subscribe(wire.service(namespace, "queue"), self._on_queue)
+        for name, answer in (("status", self._on_status), ("queue", self._on_queue)):
+            self._offered.append(await self._bus.subscribe(wire.service(namespace, name), answer))
+
+    def close(self) -> None:
+        """Withdraw them."""
+        for subscription in self._offered:
+            subscription.end()
 
     def _answer(self, reply: str, data: bytes) -> None:
         try:
