@@ -208,7 +208,8 @@ async def test_a_full_disk_is_named(
 
 
 async def test_a_server_killed_is_started_again_on_its_port_with_its_data(tmp_path: Path) -> None:
-    async with EmbeddedServer(tmp_path) as server, Bus(server.url, name="test") as bus:
+    said: list[str] = []
+    async with EmbeddedServer(tmp_path, tell=said.append) as server, Bus(server.url, name="test") as bus:
         async with JetStreamLog(bus, "embedded") as log:
             url = server.url
             for number in range(1, 4):
@@ -220,6 +221,10 @@ async def test_a_server_killed_is_started_again_on_its_port_with_its_data(tmp_pa
                 await restarted(server, number)
                 assert (server.url, lives(pid), lives(server.pid)) == (url, False, True)
         assert not server.gone.is_set()
+    assert said == 3 * [
+        f"The NATS server at {url} was killed by SIGKILL",
+        f"The NATS server at {url} is back",
+    ]
 
 
 async def test_a_server_killed_stays_dead_if_so_wanted(tmp_path: Path) -> None:

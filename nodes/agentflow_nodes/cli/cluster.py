@@ -150,8 +150,8 @@ class Cluster:
         replicas = self.config.replicas or replicas_of(folder) or 1
         check_replicas(folder, replicas)
         if replicas == 1:
-            return EmbeddedServer(folder, port=port)
-        return EmbeddedCluster(folder, replicas=replicas, port=port)
+            return EmbeddedServer(folder, port=port, tell=self._tell)
+        return EmbeddedCluster(folder, replicas=replicas, port=port, tell=self._tell)
 
     def _make_children(self) -> None:
         config = self.config

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 from asyncio.subprocess import DEVNULL, Process
 from pathlib import Path
 from typing import Any, Final, Self
@@ -79,6 +80,8 @@ class Run:
         while (waited_s := asyncio.get_running_loop().time() - self._began) < _START_S_MAX:
             ports = self._ports()
             if ports is not None:
+                # What it said while it looked for the others explains nothing later.
+                self._log_from = size(self._folder / LOG_FILE)
                 return ports
             if self.process.returncode is not None:
                 raise OperatingError(self._why_not())
@@ -111,6 +114,14 @@ class Run:
     def obituary(self) -> dict[str, Any]:
         """How it ended, for the log."""
         return {"pid": self.process.pid, "code": self.process.returncode, "said": self.tail()}
+
+    def end(self) -> str:
+        """How it ended, for people: with its last words, unless it was killed."""
+        code = self.process.returncode
+        if code is not None and code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        said = self.tail().splitlines()[-1:]
+        return ": ".join([f"ended with code {code}", *said])
 
     def tail(self) -> str:
         """The last lines this process wrote, to its log or elsewhere, without the merely informing."""

@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import socket
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +60,15 @@ class EmbeddedCluster:
     as `EmbeddedServer` does, and if the folder holds another number of servers.
     """
 
-    def __init__(self, data_dir: Path, *, replicas: int = 3, port: int = 0, sync: Sync = "always") -> None:
+    def __init__(
+        self,
+        data_dir: Path,
+        *,
+        replicas: int = 3,
+        port: int = 0,
+        sync: Sync = "always",
+        tell: Callable[[str], object] | None = None,
+    ) -> None:
         assert replicas in SIZES[1:], f"3 or 5 servers, not {replicas}"
         self.data_dir: Final = data_dir.absolute()
         self.gone: Final = asyncio.Event()
@@ -68,6 +77,7 @@ class EmbeddedCluster:
         self._replicas = replicas
         self._port = port
         self._sync: Sync = sync
+        self._tell = tell
         self._watcher: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
 
@@ -140,7 +150,9 @@ class EmbeddedCluster:
             port = self._port + number if self._port else 0
             room = used_bytes(folder) + int(free / self._replicas)
             servers.append(
-                EmbeddedServer(folder, port=port, sync=self._sync, max_store_bytes=room, peer=peer)
+                EmbeddedServer(
+                    folder, port=port, sync=self._sync, max_store_bytes=room, peer=peer, tell=self._tell
+                )
             )
         return servers
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Self
@@ -74,7 +75,8 @@ class EmbeddedServer:
             ...
 
     Port 0 is one that is free; it stays the same over restarts. `http_port` opens the
-    monitoring port, on loopback; `peer` makes it one of a cluster. Entering raises OperatingError saying what to do: no server
+    monitoring port, on loopback; `peer` makes it one of a cluster; `tell` is called with words for people when
+    it died and when it is back. Entering raises OperatingError saying what to do: no server
     installed or too old, port or folder in use, folder not writable, disk full.
 
     Enter it in the main thread, or in one that lives as long: the server ends with its thread.
@@ -91,6 +93,7 @@ class EmbeddedServer:
         http_port: int | None = None,
         restart_if_dies: bool = True,
         peer: Peer | None = None,
+        tell: Callable[[str], object] | None = None,
     ) -> None:
         self.data_dir: Final = data_dir.absolute()
         self.gone: Final = asyncio.Event()
@@ -104,6 +107,7 @@ class EmbeddedServer:
         self._http_port = http_port
         self._restart_if_dies = restart_if_dies
         self._peer = peer
+        self._tell: Callable[[str], object] = tell or (lambda _: None)
         self._name = ""
         self._binary = Path()
         self._lock_fd: int | None = None
@@ -288,7 +292,8 @@ class EmbeddedServer:
         assert self._run is not None, "nothing to wait for"
         ran_s = await self._run.wait_dead()
         if not self._renewing:
-            _log.error("nats-server died", **self._run.obituary())
+            _log.warning("nats-server died", **self._run.obituary())
+            self._tell(f"The NATS server at {self.url} {self._run.end()}")
         self._renewing = False
         await self._run.stop()
         return ran_s
@@ -302,4 +307,5 @@ class EmbeddedServer:
             _log.error("nats-server cannot be started again", attempt=attempt + 1, error=str(error))
             return False
         self.restarts += 1
+        self._tell(f"The NATS server at {self.url} is back")
         return True
