@@ -236,13 +236,16 @@ async def test_a_server_killed_stays_dead_if_so_wanted(tmp_path: Path) -> None:
 
 async def test_restarting_ends_when_it_is_hopeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "_PAUSE_S_MAX", 0.01)
-    async with EmbeddedServer(tmp_path) as server:
+    said: list[str] = []
+    async with EmbeddedServer(tmp_path, tell=said.append) as server:
         # No config can be written any more.
         (tmp_path / "nats-server.conf").unlink()
         (tmp_path / "nats-server.conf").mkdir()
         os.kill(server.pid, signal.SIGKILL)
         await asyncio.wait_for(server.gone.wait(), 10)
         assert server.restarts == 0
+    assert "cannot be started again: cannot write to the folder" in said[1]
+    assert said[-1].endswith(f"is not started again; see {server.log_file}")
 
 
 async def test_a_server_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

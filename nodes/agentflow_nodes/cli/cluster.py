@@ -130,7 +130,9 @@ class Cluster:
         if self._halt is not None:
             raise self._halt
         if self._server.gone.is_set() and not asked.is_set():
-            raise operating(f"the NATS server ended and does not start again; see {self._server.log_file}")
+            one = "the NATS server ended and does not start again"
+            several = "too few NATS servers are left: the others do not start again"
+            raise operating(f"{one if len(self.urls) == 1 else several}; see {self._server.log_file}")
 
     @property
     def log_dir(self) -> Path:

@@ -273,7 +273,8 @@ class EmbeddedServer:
         except Exception:  # noqa: BLE001 - whoever relies on the server must learn of it
             _log.exception("keeping nats-server alive failed")
         self.gone.set()
-        _log.error("nats-server is not started again", attempts=attempts)
+        _log.warning("nats-server is not started again", attempts=attempts)
+        self._tell(f"The NATS server at {self.url} is not started again; see {self.log_file}")
 
     async def _revive(self) -> int:
         """Start the server again when it dies by itself; returns after too many attempts in a row."""
@@ -304,7 +305,8 @@ class EmbeddedServer:
         try:
             await self._start()
         except OperatingError as error:
-            _log.error("nats-server cannot be started again", attempt=attempt + 1, error=str(error))
+            _log.warning("nats-server cannot be started again", attempt=attempt + 1, error=str(error))
+            self._tell(f"The NATS server at {self.url} cannot be started again: {error}")
             return False
         self.restarts += 1
         self._tell(f"The NATS server at {self.url} is back")
