@@ -244,8 +244,10 @@ async def test_restarting_ends_when_it_is_hopeless(tmp_path: Path, monkeypatch: 
         os.kill(server.pid, signal.SIGKILL)
         await asyncio.wait_for(server.gone.wait(), 10)
         assert server.restarts == 0
-    assert "cannot be started again: cannot write to the folder" in said[1]
-    assert said[-1].endswith(f"is not started again; see {server.log_file}")
+    killed, why, over = said
+    assert killed.endswith("was killed by SIGKILL")
+    assert "cannot be started again: cannot write to the folder" in why
+    assert over.endswith(f"is not started again; see {server.log_file}")
 
 
 async def test_a_server_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,8 @@ class EmbeddedServer:
         self._run: Run | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._renewing = False
+        self._why_not = ""
+        """Why it could not be started again the last time, as people were told."""
 
     async def __aenter__(self) -> Self:
         assert self._lock_fd is None, "entered twice"
@@ -306,8 +308,11 @@ class EmbeddedServer:
             await self._start()
         except OperatingError as error:
             _log.warning("nats-server cannot be started again", attempt=attempt + 1, error=str(error))
-            self._tell(f"The NATS server at {self.url} cannot be started again: {error}")
+            if str(error) != self._why_not:
+                self._why_not = str(error)
+                self._tell(f"The NATS server at {self.url} cannot be started again: {error}")
             return False
+        self._why_not = ""
         self.restarts += 1
         self._tell(f"The NATS server at {self.url} is back")
         return True
