@@ -5,7 +5,7 @@
 For each seed its digest is printed: of the log, of what the fold made of every event, and of
 everything that happened. The same seed gives the same digest, in any process. A seed that
 fails is printed with what was violated and how to run it again. The exit code is 1 if any
-seed failed, or if a check had nothing to look at in all of them.
+seed failed, or if in many of them a check had nothing to look at or a fault never happened.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import Final
 
 from rich.console import Console
 from rich.progress import Progress
@@ -29,7 +30,17 @@ from tests.sim.world import TASKS, Report, simulate
 _SHOWN_MAX = 10
 """Violations shown of one seed."""
 _LOOKS_FROM_SEEDS = 100
-"""From so many seeds on every check must have had something to look at."""
+"""From so many seeds on every check must have had something to look at, and everything must have happened."""
+_HAPPENS: Final = (
+    *("crash", "killed_by_task", "killed_for_good", "pause", "pause_beyond_lease", "clock_step"),
+    *("partition", "partition_answers", "partition_requests", "server_down"),
+    *("leases_lost", "locks_lost", "writes_forgotten", "drain", "handover", "upgrade"),
+    *("answers_lost", "requests_lost", "deliveries_repeated", "writes_stored_unknown", "writes_lost_unknown"),
+    *("appends_fenced", "appends_repeated", "requests_late", "outcomes_superseded", "begun_by_the_lost"),
+    *("levels_raised", "drains_requested", "workers_left", "workers_lost", "masters_left", "rejoins"),
+    *("runs_under_locks", "locks_not_had", "lock_holders_lost", "assignments_stored_twice"),
+)
+"""Faults and situations."""
 
 
 def main() -> int:
@@ -99,13 +110,16 @@ def _summary(reports: list[Report], wall_s: float) -> dict[str, object]:
         harmed.update(report.harmed)
         seen.update(report.seen)
         looked.update(report.looked)
-    blind = [str(name) for name in Check if not looked[name]] if len(reports) >= _LOOKS_FROM_SEEDS else []
+    happened = faults + harmed + seen
+    many = len(reports) >= _LOOKS_FROM_SEEDS
+    blind = [str(name) for name in Check if not looked[name]] if many else []
+    missing = [name for name in _HAPPENS if not happened[name]] if many else []
     simulated_s = sum(report.simulated_s for report in reports)
     return {
         "seeds": len(reports),
         "tasks": sum(report.tasks for report in reports),
         "messages": sum(report.messages for report in reports),
-        "violations": sum(len(report.violations) for report in reports) + len(blind),
+        "violations": sum(len(report.violations) for report in reports) + len(blind) + len(missing),
         "failed_seeds": sorted(report.seed for report in reports if report.violations),
         "faults": sum(faults.values()),
         "fault_kinds": dict(sorted(faults.items())),
@@ -113,6 +127,7 @@ def _summary(reports: list[Report], wall_s: float) -> dict[str, object]:
         "reached": dict(sorted(seen.items())),
         "looked_at": dict(sorted(looked.items())),
         "checks_that_saw_nothing": blind,
+        "never_happened": missing,
         "simulated_s": round(simulated_s, 1),
         "wall_s": round(wall_s, 1),
         "speedup": round(simulated_s / wall_s, 1),

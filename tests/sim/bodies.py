@@ -13,6 +13,8 @@ from msgspec import Struct
 
 from agentflow.events import TaskAssigned
 
+BRIEF: Final = "brief"
+"""What is known to be short: workers are handed more of it than they have slots."""
 FUNCTIONS: Final = ("common", "special")
 """Every worker has the first; some have the second."""
 

@@ -21,6 +21,7 @@ from agentflow.domain.life import State
 from agentflow.domain.state import SUPERSEDED, Memory, Namespace, Task
 from agentflow.errors import AppendRefused, AppendUnknown
 from agentflow.events import TaskCancelled
+from agentflow.locks import contender
 from agentflow.log import memory
 from agentflow.log.port import Appended, Done, Fence, Frame
 from agentflow_nodes.master import follower, leader, liveness
@@ -217,6 +218,16 @@ def _runs_for_any_incarnation() -> Generator[None]:
         yield
 
 
+def _runs_what_was_stored_twice() -> AbstractContextManager[Any]:
+    """A worker runs an assignment as often as it lies in the log."""
+    return _patch(worker.SimWorker, "_seen_before", lambda *_given: False)
+
+
+def _waits_for_no_holder() -> AbstractContextManager[Any]:
+    """Whoever comes has the lock."""
+    return _patch(contender.Contender, "_is_first", lambda *_given: True)
+
+
 def _begins_suspects_unsaid() -> AbstractContextManager[Any]:
     """A worker begins suspects without saying so first."""
     return _patch(worker.SimWorker, "_begins_announced", lambda *_given: False)
@@ -244,6 +255,8 @@ BUGS: Final[Sequence[Bug]] = (
     _bug(_hears_no_silence, Check.REST, seeds=16),
     _bug(_runs_for_any_incarnation, Check.ASSIGNED),
     _bug(_begins_suspects_unsaid, Check.SAID),
+    _bug(_runs_what_was_stored_twice, Check.RUN_ONCE, seeds=16),
+    _bug(_waits_for_no_holder, Check.EXCLUSIVE),
 )
 
 

@@ -7,6 +7,7 @@ run over many seeds fails if there is one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -34,6 +35,7 @@ from agentflow.frames import Decision, Judged, encode, judge
 from agentflow.log.port import Message
 from tests.sim.bodies import Began
 from tests.sim.client import Intent
+from tests.sim.locks import Hold
 from tests.sim.master import Observed
 from tests.sim.model import FINAL, Attempt, Check, Model, Where
 from tests.unit.dump import digest
@@ -51,6 +53,7 @@ class Evidence(Struct):
     messages: Sequence[Message]
     intents: Sequence[Intent]
     journal: Sequence[Began]
+    holds: Sequence[Hold]
     observed: Sequence[Observed]
     states: Mapping[str, Namespace]
     """The masters' folds at the end, by name."""
@@ -76,6 +79,7 @@ def check(evidence: Evidence) -> Findings:
     audit.walk()
     audit.compare_submissions()
     audit.compare_effects()
+    audit.compare_holds()
     audit.compare_ends()
     audit.compare_folds()
     audit.must(not evidence.failures, Check.PROCESSES, *evidence.failures)
@@ -96,11 +100,11 @@ class _Audit:
         self.plans = _Plans(evidence)
         self.submitted: dict[str, list[tuple[int, Kind]]] = defaultdict(list)
         """By id: where it was submitted, and what the fold made of it."""
-        self.repeated: dict[tuple[str, int, int], int] = {}
-        """Assignments that are in the log twice, and where the second lies.
+        self.repeated: set[tuple[str, int, int]] = set()
+        """Assignments that are in the log twice.
 
         The server recognises a repeated write by its time of arrival: one that a step of its
-        clock has aged is stored again. The fold supersedes it; a worker may run it.
+        clock has aged is stored again. The fold supersedes it, and no worker runs it.
         """
         self.clock_ms = 0
         self.server_ms = 0
@@ -135,10 +139,12 @@ class _Audit:
         if judged.decision is not None and judged.role is Role.LEADER:
             where.epoch, where.decided_ms = judged.decision.epoch, judged.decision.now_ms
             self._check_decision(message, judged, judged.decision)
-        for item, verdict in zip(judged.items, verdicts, strict=False):
+        # A verdict on the whole message is one on each of its events.
+        each = itertools.repeat(verdicts[0]) if len(verdicts) == 1 else verdicts
+        for item, verdict in zip(judged.items, each, strict=False):
             self._count(item, verdict)
             if isinstance(item, TaskAssigned) and verdict.kind is Kind.SUPERSEDED:
-                self.repeated[item.id, item.attempt, item.incarnation] = message.seq
+                self.repeated.add((item.id, item.attempt, item.incarnation))
             if judged.kind in _SUBMISSIONS:
                 self.submitted[getattr(item, "id", "")].append((message.seq, verdict.kind))
             if verdict is APPLIED and not isinstance(item, Bad):
@@ -195,6 +201,7 @@ class _Audit:
 
     def compare_effects(self) -> None:
         """What ran, and what the log says might."""
+        self._compare_runs()
         lives, incarnations = self.model.lives, self.model.incarnations
         for began in self.evidence.journal:
             life = lives.get(began.task)
@@ -208,16 +215,30 @@ class _Audit:
                 continue
             alive = incarnations[began.incarnation].ended_seq > began.last_seq
             if alive:
-                again_seq = self.repeated.get((began.task, began.attempt, began.incarnation))
-                again = again_seq is not None and again_seq <= began.last_seq
-                self.model.seen["begun_by_repetition"] += again
-                current = attempt.ended_seq > began.last_seq or again
-                self.must(current, Check.BEGUN, began)
+                self.must(attempt.ended_seq > began.last_seq, Check.BEGUN, began)
             else:
                 self.model.seen["begun_by_the_lost"] += 1
             if began.suspect:
                 said = attempt.started_seq <= began.last_seq or not alive
                 self.must(said, Check.SAID, began)
+
+    def _compare_runs(self) -> None:
+        """No assignment is run twice, however often it was stored."""
+        runs = Counter((began.task, began.attempt, began.incarnation) for began in self.evidence.journal)
+        for run, count in runs.items():
+            self.must(count == 1, Check.RUN_ONCE, *run, count)
+        self.model.seen["assignments_stored_twice"] += len(self.repeated & runs.keys())
+
+    def compare_holds(self) -> None:
+        """What was done under a lock: one after the other, with tokens that rise."""
+        latest: dict[str, Hold] = {}
+        for hold in sorted(self.evidence.holds, key=lambda hold: hold.since_s):
+            before = latest.get(hold.lock)
+            latest[hold.lock] = hold
+            self.model.seen["runs_under_locks"] += 1
+            if before is not None:
+                self.must(hold.since_s >= before.until_s, Check.EXCLUSIVE, before, hold)
+                self.must(hold.token > before.token, Check.TOKENS, before, hold)
 
     def compare_ends(self) -> None:
         """Everything has ended, once, and the fold knows how."""

@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
+from agentflow.leases.memory import MemoryLeaseServer
 from tests.sim.bodies import Began
+from tests.sim.locks import Hold, LockBuckets
 from tests.sim.loop import SimLoop, new_loop
 from tests.sim.network import Network
 
@@ -49,8 +51,11 @@ class Cluster:
         self.journal: Final[list[Began]] = []
         self.on_killer: Callable[[str], object] = print
         """What a task that kills its worker calls, with the worker's name."""
-        self.levels: Final[dict[str, int]] = {}
-        """The contract level each master knows."""
+        self.leases: Final = MemoryLeaseServer(self.loop.time)
+        """The buckets of leases: of the masters' sessions, and of locks."""
+        self.locks: Final = LockBuckets(self.leases, self.network)
+        self.holds: Final[list[Hold]] = []
+        """What was done under a lock."""
         self._nonces = self.chance("nonces")
 
     def chance(self, what: str) -> random.Random:

@@ -7,12 +7,17 @@ import random
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from agentflow import wire
 from tests.sim.cluster import Cluster
 from tests.sim.network import Link, Weather
 
 PAUSE_S: Final = 1.2
+LEASE_TTL_S: Final = 3
 """Mean time between the beginnings of two faults."""
 _CLOCK_STEPS_S: Final = (-600.0, -5.0, -0.5, 0.5, 4.0, 30.0, 200.0, 900.0)
+
+_DUPLICATES_KNOWN_S: Final = 130.0
+"""The server knows a message id again for two minutes."""
 
 # Weather, by what is wrong with it.
 _STORMS: Final[dict[str, Weather]] = {
@@ -52,7 +57,15 @@ class Targets(Protocol):
         ...
 
     def drain(self, name: str) -> None:
-        """Ask a worker or master to leave in good order; it is started anew."""
+        """Ask a worker or master to leave in good order, as SIGTERM does; it is started anew."""
+        ...
+
+    def lose_bucket(self, name: str) -> bool:
+        """Delete a bucket of leases, if there is one; whoever needs it makes it again."""
+        ...
+
+    def upgrade(self) -> str:
+        """Have a master start anew that knows the next contract level; "" if all know it."""
         ...
 
 
@@ -78,6 +91,9 @@ class Faults:
             self._stop_server: 1,
             self._step_clock: 2,
             self._drain: 1,
+            self._lose_leases: 1,
+            self._lose_locks: 1,
+            self._upgrade: 4,
         }
         while True:
             await asyncio.sleep(self._chance.expovariate(1 / PAUSE_S))
@@ -136,7 +152,10 @@ class Faults:
 
     def _pause_for(self, name: str) -> None:
         for_s = self._chance.choice((0.2, 1.0, 4.0, 8.0, 14.0)) * self._chance.uniform(0.5, 1.2)
-        self._began("pause", name, f"{for_s:.3f}")
+        self._pause_over(name, for_s)
+
+    def _pause_over(self, name: str, for_s: float) -> None:
+        self._began("pause_beyond_lease" if for_s > LEASE_TTL_S else "pause", name, f"{for_s:.3f}")
         self._targets.pause(name, for_s)
 
     def _crash(self) -> None:
@@ -148,7 +167,20 @@ class Faults:
         """Whoever leads: nothing else shows so much."""
         name = self._targets.leader
         if name:
-            self._chance.choice((self._pause_for, self._cut_off, self._slow_down, self._hold_up))(name)
+            blows = (self._pause_for, self._cut_off, self._slow_down, self._hold_up, self._hand_over)
+            self._chance.choice((*blows, self._forget_writes))(name)
+
+    def _hand_over(self, name: str) -> None:
+        self._began("handover", name)
+        self._targets.drain(name)
+
+    def _forget_writes(self, name: str) -> None:
+        """What it repeats for want of an answer is too old for the server to know it again."""
+        for_s = self._chance.uniform(1.2, 2.5)
+        self._began("writes_forgotten", name, f"{for_s:.3f}")
+        self._link(name).weather = Weather(answer_lost=1.0)
+        self._later(0.9 * for_s, lambda: self._cluster.network.server.advance(_DUPLICATES_KNOWN_S))
+        self._later(for_s, lambda: self._calm(name))
 
     def _hold_up(self, name: str) -> None:
         """What it decides arrives when somebody else leads."""
@@ -167,19 +199,21 @@ class Faults:
         """Long enough that it is given up, while it goes on or goes on later."""
         name = self._worker()
         for_s = self._chance.uniform(6, 10)
+        if not name:
+            return
         if self._chance.random() < 0.5:
-            self._began("pause", name, f"{for_s:.3f}")
-            self._targets.pause(name, for_s)
+            self._pause_over(name, for_s)
         else:
             self._cut_off_for(name, for_s)
 
     def _kill_for_good(self) -> None:
         name = self._worker()
-        if self._targets.bury_worker(name):
+        if name and self._targets.bury_worker(name):
             self._began("killed_for_good", name)
 
     def _worker(self) -> str:
-        return self._chance.choice([name for name in self._targets.names() if name.startswith("w")])
+        """Any that runs; "" if none does."""
+        return self._chance.choice([name for name in self._targets.names() if name.startswith("w")] or [""])
 
     def _stop_server(self) -> None:
         for_s = self._chance.choice((0.1, 1.0, 6.0)) * self._chance.uniform(0.5, 1.2)
@@ -194,6 +228,24 @@ class Faults:
         self._cluster.network.server.advance(step_s)
 
     def _drain(self) -> None:
-        name = self._chance.choice([name for name in self._targets.names() if not name.startswith("c")])
-        self._began("drain", name)
-        self._targets.drain(name)
+        name = self._chance.choice(
+            [name for name in self._targets.names() if not name.startswith("c")] or [""]
+        )
+        if name:
+            self._began("drain", name)
+            self._targets.drain(name)
+
+    def _lose_leases(self) -> None:
+        self._lose(wire.LEASE_BUCKET, "leases_lost")
+
+    def _lose_locks(self) -> None:
+        self._lose(wire.lock_bucket(self._cluster.network.log.namespace), "locks_lost")
+
+    def _lose(self, bucket: str, kind: str) -> None:
+        if self._targets.lose_bucket(bucket):
+            self._began(kind)
+
+    def _upgrade(self) -> None:
+        name = self._targets.upgrade()
+        if name:
+            self._began("upgrade", name)

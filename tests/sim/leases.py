@@ -12,7 +12,6 @@ from typing import Final, Self, TypeVar
 
 from msgspec.structs import replace
 
-from agentflow import wire
 from agentflow.errors import Disconnected
 from agentflow.leases.memory import MemoryLeases, MemoryLeaseServer
 from agentflow.leases.port import MARGIN_SHARE, Change, Entry, Lease, Snapshot
@@ -26,10 +25,18 @@ ANSWER_S: Final = 1.0
 class SimLeases:
     """One process's bucket. See `agentflow.leases.port.Leases`."""
 
-    def __init__(self, link: Link, server: MemoryLeaseServer, new_nonce: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        server: MemoryLeaseServer,
+        new_nonce: Callable[[], str],
+        bucket: str,
+        *,
+        create: bool = True,
+    ) -> None:
         self._link = link
         self._loop = link.network.loop
-        self._leases = MemoryLeases(server, wire.LEASE_BUCKET)
+        self._leases = MemoryLeases(server, bucket, create=create)
         self._new_nonce = new_nonce
 
     async def __aenter__(self) -> Self:

@@ -117,9 +117,10 @@ class SimLoop(asyncio.AbstractEventLoop):
         _Task.order = next(self._orders)
         task = _Task(coro, loop=self, name=name, context=context)
         task.order = _Task.order
-        process = (context or copy_context()).get(_process, _OUTSIDE)
-        process.tasks[task] = None
-        task.add_done_callback(lambda done: process.tasks.pop(done, None))
+        process = (context or copy_context()).get(_process)
+        if process is not None:
+            process.tasks[task] = None
+            task.add_done_callback(lambda done: process.tasks.pop(done, None))
         return task
 
     def get_debug(self) -> bool:
@@ -192,10 +193,12 @@ class SimLoop(asyncio.AbstractEventLoop):
         self._at_once += 1
         if self._at_once > STEPS_MAX:
             raise Stuck(f"{STEPS_MAX} rounds of callbacks at {self._now:.6f} s: {self._ready[0]!r}")
+        if len(self._ready) == 1:
+            self._run(self._ready.popleft())
+            return
         ready, self._ready = self._ready, deque()
         for handle in self._interleaved(ready):
-            if not handle._cancelled:
-                self._run(handle)
+            self._run(handle)
 
     def _pass_time(self) -> None:
         timers = self._timers
@@ -208,16 +211,16 @@ class SimLoop(asyncio.AbstractEventLoop):
             self._ready.append(heapq.heappop(timers)[2])
 
     def _run(self, handle: asyncio.Handle) -> None:
+        if handle._cancelled:
+            return
         process = _process_of(handle)
-        if process.runs:
-            handle._run()
-        else:
+        if process.stopped or process.killed:
             process.held.append(handle)
+        else:
+            handle._run()
 
     def _interleaved(self, ready: deque[asyncio.Handle]) -> Any:
         """Each process's callbacks in their order, the processes in any."""
-        if len(ready) == 1:
-            return ready
         by_process: dict[int, list[asyncio.Handle]] = {}
         for handle in ready:
             by_process.setdefault(id(_process_of(handle)), []).append(handle)

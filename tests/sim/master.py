@@ -8,6 +8,7 @@ from typing import Any, Final, cast
 
 from msgspec import Struct
 
+from agentflow import wire
 from agentflow.domain.plan import Silence
 from agentflow.domain.state import Namespace
 from agentflow.ending import end_tasks
@@ -17,10 +18,10 @@ from agentflow_nodes.master.seat import Seat
 from agentflow_nodes.master.sessions import Sessions
 from agentflow_nodes.master.sharing import Session
 from tests.sim.cluster import NAMESPACE, Cluster
+from tests.sim.faults import LEASE_TTL_S
 from tests.sim.leases import SimLeases
 from tests.sim.network import Link, SimBus, SimLog
 
-LEASE_TTL_S: Final = 3
 WORKER_TTL_S: Final = 5.0
 
 
@@ -50,13 +51,15 @@ class _WatchedSeat(Seat):
 class SimMaster:
     """One process of a master. `run` ends when it has left, or with an error."""
 
-    def __init__(self, cluster: Cluster, link: Link, name: str, server: MemoryLeaseServer) -> None:
+    def __init__(
+        self, cluster: Cluster, link: Link, name: str, server: MemoryLeaseServer, level: int
+    ) -> None:
         self.name: Final = name
         self._cluster = cluster
         self._link = link
         self._server = server
         self._instance = cluster.nonce()
-        self._level = cluster.levels[name]
+        self._level = level
         config = MasterConfig(
             namespace=NAMESPACE,
             name=name,
@@ -119,7 +122,7 @@ class SimMaster:
             await end_tasks(leave, seated, keeping)
 
     def _open_leases(self) -> SimLeases:
-        return SimLeases(self._link, self._server, self._cluster.nonce)
+        return SimLeases(self._link, self._server, self._cluster.nonce, wire.LEASE_BUCKET)
 
     def _describe(self) -> Session:
         seats = {NAMESPACE: self._seat.report()} if self._seat is not None else {}

@@ -16,6 +16,9 @@ from msgspec import Struct, field
 from agentflow.events import (
     Event,
     LeaderElected,
+    LockAcquired,
+    LockLost,
+    LockReleased,
     Needs,
     Retry,
     TaskAssigned,
@@ -31,12 +34,14 @@ from agentflow.events import (
     TaskSubmitted,
     TaskTimedOut,
     Work,
+    WorkerDrainRequested,
     WorkerJoined,
     WorkerLeft,
     WorkerLost,
     WorkflowCancelRequested,
     WorkflowSubmitted,
 )
+from agentflow.limits import LEVEL_FIRST
 
 VIOLATIONS_MAX: Final = 1_000
 """More are not noted."""
@@ -78,6 +83,10 @@ class Check(enum.StrEnum):
     REFUSED = "what was refused is not in the log"
     ASSIGNED = "nothing runs that was not assigned"
     BEGUN = "nothing begins after it was taken back or cancelled"
+    RUN_ONCE = "no assignment is run twice"
+    EXCLUSIVE = "a lock is one holder's"
+    TOKENS = "later holders of a lock have higher tokens"
+    GRANTS = "a lock's tokens rise in the log"
     SAID = "suspects begin only after it was recorded"
     INPUTS = "dependencies' results are handed over"
     ENDS = "every task ends"
@@ -157,6 +166,8 @@ class Model:
         self.incarnations: Final[dict[int, Incarnation]] = {}
         self.epoch = 0
         self._current: dict[str, int] = {}
+        self._level = LEVEL_FIRST
+        self._tokens: dict[str, int] = {}
 
     def must(self, holds: object, check: Check, *about: object) -> None:
         """One look of one check."""
@@ -199,7 +210,18 @@ class Model:
             case LeaderElected():
                 self.must(event.epoch == self.epoch + 1, Check.ONE_LEADER, event)
                 self.epoch = event.epoch
+                self.seen["levels_raised"] += event.level > self._level and event.epoch > 1
+                self._level = max(event.level, self._level)
                 self.seen["elections"] += 1
+            case WorkerDrainRequested():
+                self.seen["drains_requested"] += 1
+            case LockAcquired():
+                self.must(event.token > self._tokens.get(event.name, 0), Check.GRANTS, event, where.seq)
+                self._tokens[event.name] = event.token
+                self.seen["locks_acquired"] += 1
+            case LockReleased() | LockLost():
+                self.seen["lock_holders_lost"] += isinstance(event, LockLost)
+                self.seen["locks_released"] += isinstance(event, LockReleased)
             case _:
                 pass
 
@@ -262,7 +284,7 @@ class Model:
     def _started(self, event: TaskStarted, where: Where) -> None:
         attempt, life = self._held(event, where), self.lives[event.id]
         attempt.started_seq = min(attempt.started_seq, where.seq)
-        life.suspect = life.suspect and _is_at_stake(life)
+        life.suspect = life.suspect and self._is_at_stake(life)
 
     def _completed(self, event: TaskCompleted, where: Where) -> None:
         self._held(event, where)
@@ -348,7 +370,7 @@ class Model:
             self._unassign(life, where, "ready")
             started = life.attempts[-1].started_seq != _NEVER
             life.losses += started
-            life.suspect = not started or _is_at_stake(life)
+            life.suspect = not started or self._is_at_stake(life)
             self.seen["attempts_lost"] += 1
 
     def _left(self, incarnation: int, where: Where) -> None:
@@ -356,14 +378,13 @@ class Model:
         for life in self._gone(incarnation, where):
             self._unassign(life, where, "ready")
 
+    def _is_at_stake(self, life: Life) -> bool:
+        """Whether the next loss would be its last; at level 1 that was asked of nobody."""
+        return self._level == LEVEL_FIRST or life.losses >= LOSSES_MAX - 1
+
 
 def _life(name: str, work: Work, where: Where) -> Life:
     return Life(name, work.needs or Needs(), work.retry, where.seq)
-
-
-def _is_at_stake(life: Life) -> bool:
-    """Whether the next loss would be its last."""
-    return life.losses >= LOSSES_MAX - 1
 
 
 def _has_room(holder: Incarnation) -> bool:

@@ -52,6 +52,20 @@ class Weather(Struct):
     beats_lost: float = 0.0
 
 
+class Listener:
+    """A subscription to what is not kept."""
+
+    def __init__(self, prefix: str, link: Link, callback: Callable[..., Any]) -> None:
+        self.prefix: Final = prefix
+        self.link: Final = link
+        self.callback: Final = callback
+        self.ended = False
+
+    def end(self) -> None:
+        """Hear no more."""
+        self.ended = True
+
+
 class Network:
     """The server and the links to it."""
 
@@ -68,7 +82,7 @@ class Network:
         """Situations that were reached."""
         self.up = True
         self.links: Final[dict[str, Link]] = {}
-        self._listeners: list[tuple[str, Link, Callable[..., Any]]] = []
+        self._listeners: list[Listener] = []
 
     def link(self, process: Process) -> Link:
         """The way of a new process to the server; an older one of the same name ends."""
@@ -92,16 +106,18 @@ class Network:
         for link in self.links.values():
             link.notice()
 
-    def listen(self, subject: str, link: Link, callback: Callable[..., Any]) -> None:
-        """Subscribe to what is not kept: `subject` ends in `*`."""
-        self._listeners.append((subject.removesuffix("*"), link, callback))
+    def listen(self, subject: str, link: Link, callback: Callable[..., Any]) -> Listener:
+        """Subscribe to what is not kept: `subject` ends in `*`, or is exact."""
+        listener = Listener(subject.removesuffix("*"), link, callback)
+        self._listeners.append(listener)
+        return listener
 
     def publish(self, sender: Link, subject: str, data: bytes) -> None:
         """What is not kept reaches who listens now, or nobody."""
-        self._listeners = [each for each in self._listeners if not each[1].closed]
-        for prefix, link, callback in self._listeners:
-            if subject.startswith(prefix) and self.chance.random() >= sender.weather.beats_lost:
-                sender.tell(link, callback, subject, data)
+        self._listeners = [each for each in self._listeners if not each.ended and not each.link.closed]
+        for each in self._listeners:
+            if subject.startswith(each.prefix) and self.chance.random() >= sender.weather.beats_lost:
+                sender.tell(each.link, each.callback, subject, data)
 
 
 class Link:
@@ -152,9 +168,10 @@ class Link:
         after_s = chance.uniform(0.2, 2.5) if self.is_cut else chance.uniform(0.02, 0.5)
         self._loop.outside(self._loop.time() + after_s, self._learn)
 
-    def watch(self, callback: Callable[[bool], None]) -> None:
-        """Be told of connections lost and found."""
+    def watch(self, callback: Callable[[bool], None]) -> Callable[[], None]:
+        """Be told of connections lost and found, until what is returned is called."""
         self._watchers.append(callback)
+        return lambda: self._watchers.remove(callback)
 
     def _learn(self) -> None:
         connected = not self.is_cut
@@ -446,13 +463,13 @@ class SimBus:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    async def subscribe(self, subject: str, callback: Callable[..., Any], queue: str = "") -> None:
+    async def subscribe(self, subject: str, callback: Callable[..., Any], queue: str = "") -> Listener:
         """Hear what is said from now on."""
-        self._link.network.listen(subject, self._link, callback)
+        return self._link.network.listen(subject, self._link, callback)
 
-    def watch(self, callback: Callable[[bool], None]) -> None:
-        """Be told of connections lost and found."""
-        self._link.watch(callback)
+    def watch(self, callback: Callable[[bool], None]) -> Callable[[], None]:
+        """Be told of connections lost and found, until what is returned is called."""
+        return self._link.watch(callback)
 
     def publish(self, subject: str, data: bytes) -> None:
         """Say it, now or never. Raises Disconnected."""

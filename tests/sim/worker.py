@@ -27,18 +27,24 @@ from agentflow.events import (
     TaskStarted,
     TaskStop,
     WorkerDraining,
+    WorkerDrainRequested,
     WorkerJoined,
     WorkerLeft,
     WorkerLost,
 )
 from agentflow.frames import encode, judge
+from agentflow.limits import LEVEL
+from agentflow.locks.held import Held
 from agentflow.log.port import Message
 from agentflow.writer import Writer
 from agentflow_nodes.master.liveness import Heartbeat
+from agentflow_nodes.worker.locking import NotHeld
 from tests.sim import bodies
 from tests.sim.bodies import Began, Body
 from tests.sim.cluster import Cluster
+from tests.sim.locks import Hold
 from tests.sim.network import Link, SimBus, SimLog
+from tests.sim.task_locks import SimTaskLocks
 
 STARTED_AFTER_S: Final = 0.1
 HEARTBEAT_S: Final = 1.0
@@ -72,6 +78,7 @@ class _Run:
         self.began_s = began_s
         self.announced = False
         self.timers: list[asyncio.TimerHandle] = []
+        self.hold: Hold | None = None
 
 
 class SimWorker:
@@ -87,6 +94,9 @@ class SimWorker:
         self._instance = cluster.nonce()
         self._incarnation = 0
         self._read = 0
+        self._seen: dict[str, int] = {}
+        """Attempts assigned to this incarnation, by task: none is run twice."""
+        self._locks = SimTaskLocks(cluster, link, self._writer, shape.name)
         self._queue: deque[TaskAssigned] = deque()
         self._runs: dict[str, _Run] = {}
         self._starting: dict[str, asyncio.Task[None]] = {}
@@ -108,6 +118,7 @@ class SimWorker:
                 await self._go()
             finally:
                 await end_tasks(beating, *self._starting.values())
+                await self._locks.close()
 
     # Joining and leaving.
 
@@ -122,9 +133,11 @@ class SimWorker:
             gpus=shape.gpus,
             group=shape.group,
             functions=sorted(shape.functions),
+            level=LEVEL,
         )
         self._incarnation = self._read = await self._writer.write([joined])
         self._cluster.trace("joined", shape.name, self._incarnation)
+        self._seen.clear()
         self._lost.clear()
 
     async def _serve(self) -> None:
@@ -174,11 +187,14 @@ class SimWorker:
             self._end(run, _failed(run.assigned, "stopped", why))
 
     def _hand_back(self, assigned: TaskAssigned) -> None:
+        self._decline(assigned, "the worker leaves")
+
+    def _decline(self, assigned: TaskAssigned, reason: str) -> None:
         declined = TaskDeclined(
             id=assigned.id,
             attempt=assigned.attempt,
             incarnation=assigned.incarnation,
-            reason="the worker leaves",
+            reason=reason,
         )
         self._writer.say(declined)
 
@@ -199,6 +215,7 @@ class SimWorker:
             wire.event(namespace, TaskStop.kind, name),
             wire.event(namespace, WorkerJoined.kind, name),
             wire.event(namespace, WorkerLost.kind, "*"),
+            wire.event(namespace, WorkerDrainRequested.kind, "*"),
         ]
         async for messages in self._log.follow(self._reads_after(), subjects=subjects):
             for message in messages:
@@ -219,7 +236,7 @@ class SimWorker:
                 self._on_other(item, message.seq)
 
     def _on_assigned(self, assigned: TaskAssigned) -> None:
-        if not self._is_ours(assigned):
+        if not self._is_ours(assigned) or self._seen_before(assigned):
             return
         if self._draining:
             self._hand_back(assigned)
@@ -229,12 +246,21 @@ class SimWorker:
     def _is_ours(self, assigned: TaskAssigned) -> bool:
         return assigned.incarnation == self._incarnation
 
+    def _seen_before(self, assigned: TaskAssigned) -> bool:
+        """Whether it is a repeated write that was stored again."""
+        if self._seen.get(assigned.id, 0) >= assigned.attempt:
+            return True
+        self._seen[assigned.id] = assigned.attempt
+        return False
+
     def _on_other(self, event: Event, seq: int) -> None:
         match event:
             case TaskStop():
                 self._stop(event)
             case WorkerLost() if event.worker == self._shape.name and event.incarnation == self._incarnation:
                 self._lost.set()
+            case WorkerDrainRequested() if event.worker == self._shape.name:
+                self.leave()
             case WorkerJoined() if seq > self._incarnation and event.instance != self._instance:
                 raise NameTaken(self._shape.name)
             case _:
@@ -257,7 +283,9 @@ class SimWorker:
         """Let what is queued run in the slots that are free."""
         while self._queue and len(self._runs) + len(self._starting) < self._shape.slots:
             assigned = self._queue.popleft()
-            if self._begins_announced(assigned):
+            if assigned.lock:
+                self._starting[assigned.id] = asyncio.create_task(self._start_locked(assigned))
+            elif self._begins_announced(assigned):
                 self._starting[assigned.id] = asyncio.create_task(self._start_suspect(assigned))
             else:
                 self._begin(assigned)
@@ -273,7 +301,31 @@ class SimWorker:
         if run is not None:
             run.announced = True
 
-    def _begin(self, assigned: TaskAssigned) -> _Run | None:
+    async def _start_locked(self, assigned: TaskAssigned) -> None:
+        """Hold the lock it names, or let the leader assign it again."""
+        try:
+            held = await self._locks.acquire(assigned)
+        except NotHeld as error:
+            del self._starting[assigned.id]
+            self._cluster.counts["locks_not_had"] += 1
+            self._decline(assigned, str(error))
+            self._fill()
+            return
+        try:
+            if self._begins_announced(assigned):
+                await self._writer.write([self._started(assigned)])
+        except BaseException:
+            self._locks.release(held, None)
+            raise
+        del self._starting[assigned.id]
+        run = self._begin(assigned, held)
+        if run is not None:
+            run.announced = assigned.suspect
+            held.on_lost(lambda: self._end(run, _failed(assigned, "lock_lost", str(held.loss()))))
+        else:
+            self._fill()
+
+    def _begin(self, assigned: TaskAssigned, held: Held | None = None) -> _Run | None:
         now = self._loop.time()
         began = Began(
             task=assigned.id,
@@ -289,6 +341,9 @@ class SimWorker:
         self._cluster.journal.append(began)
         body = bodies.body_of(assigned)
         run = _Run(assigned, now)
+        if held is not None:
+            run.hold = Hold(assigned.lock, held, now)
+            self._cluster.holds.append(run.hold)
         if not body.run_us and not body.kills:
             self._report(run, self._outcome(run, body))
             return None
@@ -329,8 +384,14 @@ class SimWorker:
         self._fill()
 
     def _report(self, run: _Run, outcome: Event) -> None:
-        del run
-        self._writer.say(outcome)
+        hold = run.hold
+        if hold is None:
+            self._writer.say(outcome)
+            return
+        if not hold.held.is_held() and isinstance(outcome, TaskCompleted):
+            outcome = _failed(run.assigned, "lock_lost", str(hold.held.loss()))
+        hold.ended_s = self._loop.time()
+        self._locks.release(hold.held, asyncio.ensure_future(self._writer.write([outcome])))
 
     def _outcome(self, run: _Run, body: Body) -> Event:
         assigned = run.assigned

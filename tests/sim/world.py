@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, Final
@@ -17,11 +17,12 @@ from msgspec import Struct
 from agentflow import wire
 from agentflow.errors import Disconnected
 from agentflow.frames import Judged, judge
-from agentflow.leases.memory import MemoryLeaseServer
-from agentflow.limits import LEVEL
+from agentflow.leases import memory
+from agentflow.limits import LEVEL, LEVEL_FIRST
+from agentflow.locks import contender, keeper, service
 from agentflow_nodes.master import follower, seat
 from tests.sim import worker
-from tests.sim.bodies import FUNCTIONS
+from tests.sim.bodies import BRIEF, FUNCTIONS
 from tests.sim.check import Evidence, check
 from tests.sim.client import Intent, SimClient
 from tests.sim.cluster import NAMESPACE, Cluster
@@ -33,6 +34,7 @@ from tests.sim.worker import NameTaken, Shape, SimWorker
 
 TASKS: Final = 2_000
 MASTERS: Final = 3
+_MASTERS: Final = tuple(f"m{number}" for number in range(1, MASTERS + 1))
 CLIENTS: Final = 3
 HARM_S: Final = 60.0
 """How long things go wrong."""
@@ -86,11 +88,15 @@ class World:
         self._loop = self.cluster.loop
         self._nodes: dict[str, _Node] = {}
         self._dead: list[Process] = []
-        self._leases = MemoryLeaseServer(self._loop.time)
+        self._leases = self.cluster.leases
+        self._levels: dict[str, int] = {}
+        """The contract level each master knows from its next start on."""
         self._intents: list[Intent] = []
         self._observed: list[Any] = []
         self._failures: list[str] = []
         self._unrest_left = ""
+        self._over = False
+        """Nothing is started any more."""
         self._clients_left: dict[str, int] = {}
         self._tasks = tasks
         self._messages_max = _MESSAGES_MAX + 10 * tasks
@@ -114,8 +120,8 @@ class World:
             await self._rest()
 
     def _build(self) -> None:
+        self._levels = dict.fromkeys(_MASTERS, self._chance.choice((LEVEL_FIRST, LEVEL)))
         for number in range(1, MASTERS + 1):
-            self.cluster.levels[f"m{number}"] = LEVEL
             self._add(f"m{number}", partial(self._master, f"m{number}"))
         for shape in _shapes(self._chance):
             self._add(shape.name, partial(SimWorker, self.cluster, shape=shape))
@@ -126,7 +132,7 @@ class World:
             self._add(name, partial(self._client, name))
 
     def _master(self, name: str, link: Link) -> SimMaster:
-        return SimMaster(self.cluster, link, name, self._leases)
+        return SimMaster(self.cluster, link, name, self._leases, self._levels[name])
 
     def _client(self, name: str, link: Link) -> SimClient:
         return SimClient(self.cluster, link, name, self._clients_left[name])
@@ -136,7 +142,7 @@ class World:
         self._start(node)
 
     def _start(self, node: _Node) -> None:
-        if not node.ended:
+        if not node.ended or self._over:
             return
         node.ended = False
         node.process = Process(node.name)
@@ -227,6 +233,21 @@ class World:
         if not node.ended and node.program is not None:
             self._loop.call_in(node.process, node.program.leave)
 
+    def lose_bucket(self, name: str) -> bool:
+        """Delete a bucket of leases, if there is one."""
+        if name not in self._leases.buckets:
+            return False
+        self._leases.delete(name)
+        return True
+
+    def upgrade(self) -> str:
+        """Have the next master start anew that does not know the latest level."""
+        name = next((name for name, level in self._levels.items() if level < LEVEL), "")
+        if name:
+            self._levels[name] = LEVEL
+            self.drain(name)
+        return name
+
     def _kill_for_task(self, name: str) -> None:
         self.cluster.faults["killed_by_task"] += 1
         self._loop.outside(self._loop.time(), self.crash, name)
@@ -241,6 +262,8 @@ class World:
             link.heal()
         for node in self._nodes.values():
             self._loop.continue_process(node.process)
+        while self.upgrade():
+            pass
 
     async def _rest(self) -> None:
         """Wait until nothing is left to do."""
@@ -276,7 +299,7 @@ class World:
                 "announcements": len(state.announcements),
             }
             if any(left.values()):
-                return f"{left}: {list(state.tasks.values())[:2]}"
+                return f"{left}: {list(state.tasks)[:2]}"
         return ""
 
     # Afterwards.
@@ -292,6 +315,7 @@ class World:
             messages=list(self.cluster.network.stream.messages),
             intents=self._intents + [intent for client in running for intent in client.intents],
             journal=self.cluster.journal,
+            holds=self.cluster.holds,
             observed=observed,
             states={node.name: node.program.state for node in self._masters()},
             failures=self._failures,
@@ -300,6 +324,7 @@ class World:
 
     def bury(self) -> None:
         """End everything, also what was killed, so that nothing of it runs in another world."""
+        self._over = True
         for link in self.cluster.network.links.values():
             link.cut(there=True, back=True)
             link.connected = False
@@ -329,33 +354,40 @@ def _shapes(chance: Any) -> list[Shape]:
         shapes.append(
             Shape(
                 name=f"w{number}",
-                slots=chance.choice((2, 8, 16)),
-                ahead=chance.choice((0, 32, 128)),
-                cpu=2.0,
-                memory_mb=1_000,
-                gpus=1 if everything else 0,
+                slots=chance.choice((2, 8, 24)),
+                ahead=chance.choice((0, 128, 256)),
+                cpu=chance.choice((2.0, 8.0)),
+                memory_mb=chance.choice((1_000, 4_000)),
+                gpus=chance.choice((1, 6)) if everything else 0,
                 group="blue" if everything else chance.choice(("", "red")),
-                functions=FUNCTIONS if everything else FUNCTIONS[: chance.choice((1, 2))],
+                functions=(BRIEF, *(FUNCTIONS if everything else FUNCTIONS[: chance.choice((1, 2))])),
             )
         )
     return shapes
 
 
 @contextmanager
-def _one_machine() -> Generator[None]:
+def _one_machine(cluster: Cluster) -> Generator[None]:
     """What a master says of its process must not depend on ours, and what it reads is judged once.
 
-    What a message says depends on nothing but the message. `check` judges all of them again.
+    Chance, and what nobody can guess, come from the seed. What a message says depends on nothing but the message. `check` judges all of them again.
     """
     host = SimpleNamespace(gethostname=lambda: "simulated")
     process = SimpleNamespace(getpid=lambda: 1)
     shared = _shared_judge()
+    chance = cluster.chance("locks")
+    secrets = SimpleNamespace(token_hex=lambda size: f"{chance.getrandbits(8 * size):0{2 * size}x}")
     with (
         mock.patch.object(seat, "socket", host),
         mock.patch.object(seat, "os", process),
         mock.patch.object(follower, "judge", shared),
         mock.patch.object(worker, "judge", shared),
+        ExitStack() as stack,
     ):
+        for module in (contender, keeper, service):
+            stack.enter_context(mock.patch.object(module, "random", chance))
+        for module in (contender, memory):
+            stack.enter_context(mock.patch.object(module, "secrets", secrets))
         yield
 
 
@@ -378,7 +410,7 @@ def simulate(seed: int, tasks: int = TASKS) -> Report:
     began = time.perf_counter()
     world = World(seed, tasks)
     try:
-        with _one_machine():
+        with _one_machine(world.cluster):
             world.run()
         return _report(world, time.perf_counter() - began)
     finally:
