@@ -286,13 +286,16 @@ class TestDrained:
         await _said(client, "worker.draining")
         await _worker(cluster, "stays")
         assert (await (await client.submit(whoami)).result(SOON_S))["worker"] == "stays"
+        assert draining.stderr is not None
+        async with asyncio.timeout(SOON_S):
+            while await draining.stderr.readline() != b"drained still runs 2\n":
+                assert not draining.stderr.at_eof(), "it never said so"
         waits = draining.returncode is None
         assert drained.running
         assert waits
         (tmp_path / "go").touch()
-        out, err = await asyncio.wait_for(draining.communicate(), SOON_S)
+        out, _ = await asyncio.wait_for(draining.communicate(), SOON_S)
         assert (draining.returncode, out.decode()) == (0, "drained has left\n")
-        assert "drained still runs 2" in err.decode()
         assert await drained.ended() == 0
         found = await audit(client)
         for each in running:
