@@ -21,8 +21,11 @@ import agentflow
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.errors import Disconnected
+from agentflow.leases.jetstream import JetStreamLeases
+from agentflow.leases.port import Lease
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Done, Frame, Reason, Refused, Unknown
+from agentflow.log.stream import stream_names
 from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.node import Master
 from agentflow_nodes.worker.config import WorkerConfig
@@ -112,6 +115,21 @@ class Site:
                 return b'"leader":"' in info and f'"leader":"{former.name}"'.encode() not in info
 
             await eventually(led, within_s=SOON_S)
+
+
+async def test_a_bucket_that_another_has_just_created_is_waited_for(servers: NatsCluster) -> None:
+    """It is there before it has a leader: who opens it then waits for the election."""
+    async with AsyncExitStack() as stack:
+        buses = [Bus(servers.urls[number % 3], name=f"opener {number}") for number in range(6)]
+        await asyncio.gather(*map(stack.enter_async_context, buses))
+        for bucket in map("FRESH_{}".format, range(5)):
+            stream = wire.bucket_stream(bucket)
+            first, *others = [JetStreamLeases(bus, bucket, replicas=3) for bus in buses]
+            creating = asyncio.create_task(stack.enter_async_context(first))
+            while not creating.done() and stream not in await stream_names(buses[-1], 5.0):
+                pass
+            await asyncio.gather(creating, *map(stack.enter_async_context, others))
+            assert isinstance(await first.acquire("key", b"value", 60), Lease)
 
 
 async def test_a_leader_killed(site: Site) -> None:
