@@ -27,8 +27,8 @@ types:
 imports:
     lint-imports
 
-# Beside the tests: clusters on simulated time, and faults on real processes
-prove: (sim "--seeds" "500") (chaos "--ci")
+# Beside the tests: clusters on simulated time, all interleavings of leases and locks, and faults on real processes
+prove: (sim "--seeds" "500") (model "--quick") (chaos "--ci")
 
 # All tests; those of one real edge or of processes one at a time, the others beside them
 test *arguments:

@@ -27,6 +27,8 @@ class Case(Struct, frozen=True):
     mutant: str = ""
     fault: str = ""
     """What the violation found must say."""
+    quick: bool = True
+    """Whether it is walked through with the unit tests."""
 
     def walk(self, **limits: int) -> Walk:
         """Walk through it."""
@@ -82,15 +84,14 @@ OVERLAP: Final = "two holders"
 ORDER: Final = "is granted before"
 
 
-def _leader_mutant(name: str, fault: str, **bounds: Any) -> Case:
-    return Case(
-        partial(leader.Leader, leader.Bounds(**bounds), leader.MUTANTS[name]), f"lease: {name}", fault
-    )
+def _leader_mutant(name: str, fault: str, *, quick: bool = True, **bounds: Any) -> Case:
+    model = partial(leader.Leader, leader.Bounds(**bounds), leader.MUTANTS[name])
+    return Case(model, f"lease: {name}", fault, quick)
 
 
-def _tickets_mutant(name: str, fault: str, **bounds: Any) -> Case:
-    rules = tickets_state.MUTANTS[name]
-    return Case(partial(Tickets, tickets_state.Bounds(**bounds), rules), f"tickets: {name}", fault)
+def _tickets_mutant(name: str, fault: str, *, quick: bool = True, **bounds: Any) -> Case:
+    model = partial(Tickets, tickets_state.Bounds(**bounds), tickets_state.MUTANTS[name])
+    return Case(model, f"tickets: {name}", fault, quick)
 
 
 MUTANTS: Final = [
@@ -99,7 +100,12 @@ MUTANTS: Final = [
     _leader_mutant("renewal without compare-and-set", OVERLAP),
     _leader_mutant("silence taken for a yes", OVERLAP),
     _leader_mutant(
-        "any write of our own adopted", "is in effect after", writes=(4, 1), evictions=False, pauses=False
+        "any write of our own adopted",
+        "is in effect after",
+        quick=False,
+        writes=(4, 1),
+        evictions=False,
+        pauses=False,
     ),
     _leader_mutant("eviction without waiting", OVERLAP),
     _leader_mutant("revisions of a new bucket begin at 1", OVERLAP, losses=1),
@@ -110,10 +116,14 @@ MUTANTS: Final = [
     _tickets_mutant("renewal without compare-and-set", OVERLAP, renewals=(1, 0)),
     _tickets_mutant("silence taken for a yes", ORDER, renewals=(0, 0)),
     _tickets_mutant(
-        "any creation of our own counts from the last send", OVERLAP, creations=2, renewals=(0, 0)
+        "any creation of our own counts from the last send",
+        OVERLAP,
+        quick=False,
+        creations=2,
+        renewals=(0, 0),
     ),
     _tickets_mutant("eviction without waiting", OVERLAP, renewals=(0, 0)),
-    _tickets_mutant("eviction without compare-and-set", OVERLAP, expires=False),
+    _tickets_mutant("eviction without compare-and-set", OVERLAP, quick=False, expires=False),
     _tickets_mutant("replicas forget by their own clocks", ORDER),
     _tickets_mutant("token of the last renewal", ORDER, renewals=(1, 0)),
     _tickets_mutant("a reading without the own ticket", ORDER),
@@ -121,10 +131,11 @@ MUTANTS: Final = [
     _tickets_mutant(
         "revisions of a new bucket begin at 1",
         "is granted after",
+        quick=False,
         renewals=(1, 0),
         losses=1,
         evictions=False,
     ),
     _tickets_mutant("a resource that does not look", "the resource accepts", renewals=(0, 0), uses=1),
 ]
-"""One for each rule of each model."""
+"""One for each rule of each model; of some the shortest violation lies many seconds of work away."""

@@ -61,9 +61,9 @@ def test_nothing_that_must_not_be_can_be_reached(case: Case) -> None:
     assert walk.complete
 
 
-@pytest.mark.parametrize("case", MUTANTS, ids=lambda case: case.mutant)
+@pytest.mark.parametrize("case", [case for case in MUTANTS if case.quick], ids=lambda case: case.mutant)
 def test_without_any_one_rule_it_can(case: Case) -> None:
-    walk = case.walk(states_max=500_000)
+    walk = case.walk(states_max=50_000)
     assert walk.found is not None, f"{walk.name} does without it"
     assert case.fault in walk.found.fault
 
