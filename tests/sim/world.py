@@ -5,29 +5,22 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, Final
-from unittest import mock
 
 from msgspec import Struct
 
-from agentflow import wire
 from agentflow.errors import Disconnected
-from agentflow.frames import Judged, judge
-from agentflow.leases import memory
 from agentflow.limits import LEVEL, LEVEL_FIRST
-from agentflow.locks import contender, keeper, service
-from agentflow_nodes.master import follower, seat
-from tests.sim import worker
 from tests.sim.bodies import BRIEF, FUNCTIONS
 from tests.sim.check import Evidence, check
 from tests.sim.client import Intent, SimClient
 from tests.sim.cluster import NAMESPACE, Cluster
 from tests.sim.faults import Faults
 from tests.sim.loop import Process, Stuck
+from tests.sim.machine import one_machine
 from tests.sim.master import SimMaster
 from tests.sim.network import Link, Weather
 from tests.sim.worker import NameTaken, Shape, SimWorker
@@ -366,51 +359,12 @@ def _shapes(chance: Any) -> list[Shape]:
     return shapes
 
 
-@contextmanager
-def _one_machine(cluster: Cluster) -> Generator[None]:
-    """What a master says of its process must not depend on ours, and what it reads is judged once.
-
-    Chance, and what nobody can guess, come from the seed. What a message says depends on nothing but the message. `check` judges all of them again.
-    """
-    host = SimpleNamespace(gethostname=lambda: "simulated")
-    process = SimpleNamespace(getpid=lambda: 1)
-    shared = _shared_judge()
-    chance = cluster.chance("locks")
-    secrets = SimpleNamespace(token_hex=lambda size: f"{chance.getrandbits(8 * size):0{2 * size}x}")
-    with (
-        mock.patch.object(seat, "socket", host),
-        mock.patch.object(seat, "os", process),
-        mock.patch.object(follower, "judge", shared),
-        mock.patch.object(worker, "judge", shared),
-        ExitStack() as stack,
-    ):
-        for module in (contender, keeper, service):
-            stack.enter_context(mock.patch.object(module, "random", chance))
-        for module in (contender, memory):
-            stack.enter_context(mock.patch.object(module, "secrets", secrets))
-        yield
-
-
-def _shared_judge() -> Callable[..., Judged]:
-    known: dict[tuple[Any, ...], Judged] = {}
-
-    def shared(subject: str, data: bytes, headers: Mapping[str, str] | None) -> Judged:
-        decision, version = (headers or {}).get(wire.DECISION), (headers or {}).get(wire.VERSION)
-        key = (subject, data, decision, version)
-        judged = known.get(key)
-        if judged is None:
-            judged = known[key] = judge(subject, data, headers)
-        return judged
-
-    return shared
-
-
 def simulate(seed: int, tasks: int = TASKS) -> Report:
     """Run one seed and judge it."""
     began = time.perf_counter()
     world = World(seed, tasks)
     try:
-        with _one_machine(world.cluster):
+        with one_machine(world.cluster):
             world.run()
         return _report(world, time.perf_counter() - began)
     finally:
