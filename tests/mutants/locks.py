@@ -84,16 +84,30 @@ LOCKS: Final = (
     Mutant(
         "who joins a watch is not told what it has told before",
         "core/agentflow/locks/lines.py",
-        "        for change in self._recent:\n            waiting.tell(change)\n",
-        "",
+        "        self.catch_up(waiting)\n        self._waiting[",
+        "        self._waiting[",
         ("tests/unit/test_lock_line.py::test_who_joins_a_watch_is_told_what_changed_since_his_reading",),
     ),
     Mutant(
         "a reading that is too old for the watch will do",
         "core/agentflow/locks/lines.py",
-        "        if waiting.since < self._floor:\n            return False\n",
+        "        if since < self._floor:\n            return False\n",
         "",
         ("tests/unit/test_lock_line.py::test_whose_reading_is_too_old_reads_again",),
+    ),
+    Mutant(
+        "granted by what the watch tells alone",
+        _CONTENDER,
+        "                if self._waiting.has_read:\n                    return\n",
+        "                return\n",
+        ("tests/unit/test_lock_line.py::test_nobody_is_granted_anything_by_what_the_watch_tells_alone",),
+    ),
+    Mutant(
+        "a semaphore goes past who uses it differently",
+        _TICKET,
+        "is_full or not _agree(earlier, mine.ticket)",
+        "is_full",
+        ("tests/unit/test_lock_line.py::test_a_semaphore_waits_for_those_who_use_it_differently",),
     ),
     Mutant(
         "granted at once in a bucket made again",

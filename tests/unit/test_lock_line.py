@@ -60,6 +60,19 @@ def test_a_semaphore_lets_in_as_many_as_it_has_permits() -> None:
     assert [bool(before(made, token)) for token in (1, 2, 3, 4)] == [False, False, True, True]
 
 
+def test_a_semaphore_waits_for_those_who_use_it_differently() -> None:
+    made = line(entry(1, Mode.SEMAPHORE, 3), entry(2), entry(3, Mode.SEMAPHORE, 3))
+    assert before(made, 3) == [1, 2], "the second holds it alone as soon as the first is gone"
+    assert before(line(entry(1, Mode.SEMAPHORE, 4), entry(2, Mode.SEMAPHORE, 3)), 2) == [1]
+
+
+def test_a_removal_told_again_does_not_remove_what_came_later() -> None:
+    made = line(entry(1), entry(2))
+    made.apply(Entry(wire.lock_key(NAME, "1"), entry(1).value, 10, epoch=9, revision=9, seen=0.0))
+    made.apply(Removed(wire.lock_key(NAME, "1"), 8))
+    assert [place.token for place in made.places()] == [2, 9]
+
+
 def test_an_expiry_is_no_removal() -> None:
     made = line(entry(1), entry(2))
     made.apply(Removed(wire.lock_key(NAME, "1"), 7, expired=True))
@@ -129,14 +142,25 @@ class Said:
 
 
 class Watched(MemoryLeases):
-    """Leases that count who watches them."""
+    """Leases that count who reads and watches them, and whose watch does not tell of one holder's coming."""
 
     watches = 0
+    readings = 0
+    hidden = ""
 
-    def watch(self, pattern: str, after: int) -> AsyncGenerator[list[Change], None]:
+    async def entries(self, pattern: str) -> Snapshot:
+        """What is there, counted."""
+        self.readings += 1
+        return await super().entries(pattern)
+
+    async def watch(self, pattern: str, after: int) -> AsyncGenerator[list[Change], None]:
         """What changes, counted."""
         self.watches += 1
-        return super().watch(pattern, after)
+        async for batch in super().watch(pattern, after):
+            yield [change for change in batch if isinstance(change, Removed) or not self._hides(change)]
+
+    def _hides(self, entry: Entry) -> bool:
+        return bool(self.hidden) and self.hidden.encode() in entry.value
 
 
 def locks_on(server: MemoryLeaseServer, said: Said, name: str, leases: MemoryLeases | None = None) -> Locks:
@@ -234,10 +258,11 @@ async def test_a_release_is_waited_for_no_longer_than_the_ticket_is_kept() -> No
     assert [type(event) for event in said.events] == [LockAcquired]
 
 
-async def test_all_who_wait_in_one_process_share_a_watch() -> None:
+async def test_all_who_wait_in_one_process_share_a_watch_and_a_reading() -> None:
     server, said = MemoryLeaseServer(time.monotonic), Said()
-    leases = Watched(server, "locks")
+    leases, looking = Watched(server, "locks"), MemoryLeases(server, "locks")
     locks = locks_on(server, said, "one", leases)
+    await looking.__aenter__()
     served: list[int] = []
 
     async def wait(number: int) -> None:
@@ -249,11 +274,37 @@ async def test_all_who_wait_in_one_process_share_a_watch() -> None:
     async with asyncio.TaskGroup() as waiters:
         for number in range(10):
             waiters.create_task(wait(number))
-            await eventually(lambda standing=number + 2: stand_in_line(leases, standing))  # type: ignore[misc]
+            await eventually(lambda standing=number + 2: stand_in_line(looking, standing))  # type: ignore[misc]
         await first.release()
     assert served == list(range(10))
     assert leases.watches == 1
+    assert leases.readings < 6, "by the first, by who waits first, and then for all others at once"
     await locks.close()
+
+
+async def test_nobody_is_granted_anything_by_what_the_watch_tells_alone() -> None:
+    server, said = MemoryLeaseServer(time.monotonic), Said()
+    leases, looking = Watched(server, "locks"), MemoryLeases(server, "locks")
+    leases.hidden = "stranger"
+    here, there = locks_on(server, said, "here", leases), locks_on(server, said, "there")
+    await looking.__aenter__()
+    first = await here.acquire(Ticket(name=NAME, holder="first"), 10, None)
+    second = asyncio.create_task(here.acquire(Ticket(name=NAME, holder="second"), 10, None))
+    await eventually(lambda: leases.watches == 1)
+    stranger = asyncio.create_task(there.acquire(Ticket(name=NAME, holder="stranger"), 10, None))
+    await eventually(lambda: stand_in_line(looking, 3))
+    last = asyncio.create_task(here.acquire(Ticket(name=NAME, holder="last"), 10, None))
+    await eventually(lambda: stand_in_line(looking, 4))
+    before = leases.readings
+    await first.release()
+    await (await second).release()
+    held = await stranger
+    await eventually(lambda: leases.readings > before)
+    assert not last.done()
+    await held.release()
+    await (await last).release()
+    tokens = [event.token for event in said.events if isinstance(event, LockAcquired)]
+    assert tokens == sorted(tokens)
 
 
 async def stand_in_line(leases: MemoryLeases, count: int) -> bool:
@@ -268,7 +319,8 @@ class Waiter:
         self.line = Line()
         self.line.learn(snapshot)
         self.woken = asyncio.Event()
-        self.waiting = Waiting(key, self.line, snapshot.revision, self.woken.set)
+        self.waiting = Waiting(key, self.line, self.woken.set)
+        self.since = snapshot.revision
 
 
 async def test_who_joins_a_watch_is_told_what_changed_since_his_reading() -> None:
@@ -277,12 +329,12 @@ async def test_who_joins_a_watch_is_told_what_changed_since_his_reading() -> Non
         snapshot = await leases.entries(">")
         early, late = Waiter(snapshot, two.key), Waiter(snapshot, three.key)
         lines = Lines(leases)
-        watch = lines.join(">", early.waiting)
+        watch = lines.join(">", early.waiting, early.since)
         assert watch is not None
         await leases.release(one)
         await early.woken.wait()
         assert [place.entry.key for place in late.line.before(three.key)] == [one.key, two.key]
-        assert lines.join(">", late.waiting) is watch
+        assert lines.join(">", late.waiting, late.since) is watch
         assert [place.entry.key for place in late.line.before(three.key)] == [two.key]
         assert not late.woken.is_set()
         await leases.release(two)
@@ -300,9 +352,9 @@ async def test_whose_reading_is_too_old_reads_again() -> None:
         await leases.release(one)
         lines = Lines(leases)
         new = Waiter(await leases.entries(">"), two.key)
-        watch = lines.join(">", new.waiting)
+        watch = lines.join(">", new.waiting, new.since)
         assert watch is not None
-        assert lines.join(">", old.waiting) is None
+        assert lines.join(">", old.waiting, old.since) is None
         await lines.leave(">", watch, two.key)
 
 

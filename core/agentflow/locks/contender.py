@@ -15,7 +15,7 @@ from agentflow import wire
 from agentflow.errors import Disconnected, LockTimeout, LogGone
 from agentflow.events import LockAcquired, LockReleased
 from agentflow.events import LockLost as Lost
-from agentflow.leases.port import Lease
+from agentflow.leases.port import Entry, Lease
 from agentflow.locks.bucket import Opened
 from agentflow.locks.held import Held, Write
 from agentflow.locks.keeper import Keeper
@@ -64,6 +64,7 @@ class Contender:
         self._keeper: Keeper | None = None
         self._line = Line()
         self._moved = asyncio.Event()
+        self._waiting = Waiting(self._key, self._line, self._moved.set)
         self._granting = False
 
     async def acquire(self) -> Held:
@@ -114,21 +115,38 @@ class Contender:
             return lease
 
     async def _reach_the_front(self, keeper: Keeper) -> None:
-        while True:
-            since = await self._look()
-            self._line.require_agreement(self._key)
-            if self._is_first():
-                return
-            if self._deadline is not None and self._deadline <= self._clock():
-                raise self._timeout()
-            waiting = Waiting(self._key, self._line, since, self._moved.set)
-            watch = self._lines.join(self._pattern, waiting)
-            if watch is not None:
-                break
+        watch = self._join_others(keeper.lease) or await self._read_and_join()
+        if watch is None:
+            return
         try:
             await self._wait(keeper, watch)
         finally:
             await self._lines.leave(self._pattern, watch, self._key)
+
+    def _join_others(self, lease: Lease) -> Watch | None:
+        """Wait with others of this process, and read the line no sooner than nobody seems to be before us."""
+        watch = self._lines.watched(self._pattern)
+        known = None if watch is None or self._is_late() else watch.known()
+        first = next(iter(known.places()), None) if known is not None else None
+        if watch is None or first is None or not first.ticket.agrees_with(self._ticket):
+            return None
+        ours = Entry(lease.key, lease.value, lease.ttl_s, lease.epoch, lease.revision, self._clock())
+        self._line.apply(ours)
+        watch.join_others(self._waiting)
+        return watch
+
+    async def _read_and_join(self) -> Watch | None:
+        """Read the line, and join its watch unless nobody is before us."""
+        while True:
+            since = await self._look()
+            self._line.require_agreement(self._key)
+            if self._is_first():
+                return None
+            if self._is_late():
+                raise self._timeout()
+            watch = self._lines.join(self._pattern, self._waiting, since)
+            if watch is not None:
+                return watch
 
     async def _look(self) -> int:
         """Read the line, which must hold our own ticket; the revision it was read at."""
@@ -140,7 +158,7 @@ class Contender:
                 continue
             if all(entry.key != self._key for entry in snapshot.entries):
                 raise TicketLost("our ticket is no longer there")
-            self._line.learn(snapshot)
+            self._waiting.learn(snapshot)
             return snapshot.revision
 
     async def _wait(self, keeper: Keeper, watch: Watch) -> None:
@@ -150,18 +168,30 @@ class Contender:
             if not keeper.is_kept():
                 raise TicketLost(keeper.reason)
             watch.check()
-            if self._line.place(self._key) is None:
+            if self._waiting.is_gone or self._line.place(self._key) is None:
                 raise TicketLost("it was taken away")
             if self._is_first():
-                return
+                if self._waiting.has_read:
+                    return
+                await self._read(watch)
+                continue
             before = self._line.before(self._key)
             now = self._clock()
-            if self._deadline is not None and self._deadline <= now:
+            if self._is_late():
                 raise self._timeout()
             if any(place.entry.is_silent(now) for place in before):
-                await self._clear()
+                await self._clear(watch)
                 continue
             await self._sleep(min(map(_silent_at, before), default=self._bucket.granting_from))
+
+    async def _read(self, watch: Watch) -> None:
+        try:
+            await watch.read(self._waiting)
+        except Disconnected as error:
+            await self._pause(error)
+
+    def _is_late(self) -> bool:
+        return self._deadline is not None and self._deadline <= self._clock()
 
     def _is_first(self) -> bool:
         """Whether nobody has to go before us, in this bucket or one that was lost."""
@@ -176,10 +206,11 @@ class Contender:
         except TimeoutError:
             pass  # what is due now is looked for next
 
-    async def _clear(self) -> None:
+    async def _clear(self, watch: Watch) -> None:
         """Take the tickets of the silent away, after a fresh look at who they are."""
         try:
             await self._look()
+            watch.catch_up(self._waiting)
             now = self._clock()
             for place in self._line.before(self._key):
                 if place.entry.is_silent(now):
@@ -226,7 +257,7 @@ class Contender:
 
     async def _pause(self, error: Disconnected) -> None:
         """Before trying again; raises the error if it is too late for that."""
-        if self._deadline is not None and self._deadline <= self._clock():
+        if self._is_late():
             raise error
         await asyncio.sleep(random.uniform(0, _PAUSE_S_MAX))
 

@@ -1,8 +1,11 @@
 """The lines that one process waits in: each is watched once, for all who wait there.
 
-Everybody reads the line for himself, after he came: the reading shows whoever came before him.
-What has changed since, he is told by the one watch. It remembers what it told last, because
-it may be ahead of the reading of who joins.
+The watch alone does not show everybody who came earlier: a ticket renewed before the watch got
+to it is told only after that renewal, in another place. So nobody is granted a lock before a
+reading of the line that began when his ticket was there already. One reading serves all of
+this process who wait then; until nobody seems to be before him, nobody needs any.
+
+The watch remembers what it told last, because it may be ahead of a reading.
 """
 
 from __future__ import annotations
@@ -12,35 +15,37 @@ from collections import deque
 from collections.abc import Callable
 from typing import Final
 
-from msgspec import Struct
-
 from agentflow.ending import end_tasks
-from agentflow.leases.port import Change, Leases, Removed
+from agentflow.leases.port import Change, Leases, Removed, Snapshot
 from agentflow.locks.ticket import Line
 
 # Who read the line longer ago than so many changes reads it again.
 _RECENT_MAX: Final = 1_000
 
 
-class Waiting(Struct, frozen=True, eq=False):
-    """Somebody who waits in a line."""
+class Waiting:
+    """Somebody who waits in a line, as his process knows it."""
 
-    key: str
-    line: Line
-    """As he knows it; what changes is told to it."""
-    since: int
-    """The revision at which he read it."""
-    wake: Callable[[], None]
-    """Called when nobody is before him any more, when his ticket is gone, or when the watch has ended."""
+    def __init__(self, key: str, line: Line, wake: Callable[[], None]) -> None:
+        self.key: Final = key
+        self.line: Final = line
+        """What changes is told to it."""
+        self.wake: Final = wake
+        """Called when nobody is before him any more, when his ticket is gone, or when the watch has ended."""
+        self.has_read = False
+        """Whether `line` shows everybody who came before him: there was a reading since."""
+        self.is_gone = False
+        """Whether a reading did not find his ticket."""
 
-    def tell(self, change: Change) -> None:
-        """Take over one change, unless the reading has it."""
-        if change.revision > self.since:
-            self.line.apply(change)
+    def learn(self, snapshot: Snapshot) -> None:
+        """Take over a reading that began after he came."""
+        self.line.learn(snapshot)
+        self.has_read = True
+        self.is_gone = all(entry.key != self.key for entry in snapshot.entries)
 
     def wake_if_free(self) -> None:
         """Wake him if there is something for him to do."""
-        if self.line.place(self.key) is None or not self.line.before(self.key):
+        if self.is_gone or self.line.place(self.key) is None or not self.line.before(self.key):
             self.wake()
 
 
@@ -54,6 +59,7 @@ class Watch:
         """What came later was told, or is going to be; the last of it is remembered."""
         self._recent: deque[Change] = deque()
         self._waiting: dict[str, Waiting] = {}
+        self._reading = asyncio.Lock()
         self._task = asyncio.create_task(self._run(after), name=f"line {pattern}")
         self._task.add_done_callback(self._ended)
 
@@ -62,14 +68,45 @@ class Watch:
         """Whether it tells nothing more."""
         return self._task.done()
 
-    def join(self, waiting: Waiting) -> bool:
-        """Tell somebody what has changed since his reading; false if that was too long ago."""
-        if waiting.since < self._floor:
+    def known(self) -> Line | None:
+        """The line as somebody knows it who waits."""
+        return next((waiting.line for waiting in self._waiting.values()), None)
+
+    def join(self, waiting: Waiting, since: int) -> bool:
+        """Tell him what has changed since revision `since`, and will; false if that was too long ago."""
+        if since < self._floor:
             return False
-        for change in self._recent:
-            waiting.tell(change)
+        self.catch_up(waiting)
         self._waiting[waiting.key] = waiting
         return True
+
+    def join_others(self, waiting: Waiting) -> None:
+        """Tell him what those know who wait already, and what changes."""
+        known = self.known()
+        if known is not None:
+            waiting.line.learn_from(known)
+        self._waiting[waiting.key] = waiting
+
+    async def read(self, waiting: Waiting) -> None:
+        """Read the line, for all who wait in it, unless that was done since he came.
+
+        Raises Disconnected, LogGone.
+        """
+        async with self._reading:
+            while not waiting.has_read:
+                covered = list(self._waiting.values())
+                snapshot = await self._leases.entries(self._pattern)
+                if snapshot.revision < self._floor:
+                    continue
+                for each in covered:
+                    each.learn(snapshot)
+                    self.catch_up(each)
+                    each.wake_if_free()
+
+    def catch_up(self, waiting: Waiting) -> None:
+        """Tell him again what was told since a reading that may be older."""
+        for change in self._recent:
+            waiting.line.apply(change)
 
     def leave(self, key: str) -> bool:
         """Tell him nothing more; whether nobody is left."""
@@ -90,7 +127,7 @@ class Watch:
             self._remember(batch)
             for waiting in self._waiting.values():
                 for change in batch:
-                    waiting.tell(change)
+                    waiting.line.apply(change)
             # Who comes or stays makes way for nobody.
             if any(isinstance(change, Removed) for change in batch):
                 for waiting in list(self._waiting.values()):
@@ -115,12 +152,17 @@ class Lines:
         self._leases = leases
         self._watches: dict[str, Watch] = {}
 
-    def join(self, pattern: str, waiting: Waiting) -> Watch | None:
-        """The watch that tells somebody from now on; None if he must read the line again before."""
+    def watched(self, pattern: str) -> Watch | None:
+        """The watch of a line that somebody waits in."""
         watch = self._watches.get(pattern)
-        if watch is None or watch.is_over:
-            watch = self._watches[pattern] = Watch(self._leases, pattern, waiting.since)
-        return watch if watch.join(waiting) else None
+        return None if watch is None or watch.is_over else watch
+
+    def join(self, pattern: str, waiting: Waiting, since: int) -> Watch | None:
+        """The watch that tells somebody from now on; None if he must read the line again before."""
+        watch = self.watched(pattern)
+        if watch is None:
+            watch = self._watches[pattern] = Watch(self._leases, pattern, since)
+        return watch if watch.join(waiting, since) else None
 
     async def leave(self, pattern: str, watch: Watch, key: str) -> None:
         """End a watch when the last one leaves."""

@@ -97,10 +97,16 @@ class Line:
         """Take over one change."""
         known = self._places.get(change.key)
         if isinstance(change, Removed):
-            if not change.expired:
-                self._places.pop(change.key, None)
+            # One that is told again may be older than a ticket that its owner brought anew.
+            if not change.expired and known is not None and known.entry.revision < change.revision:
+                del self._places[change.key]
         elif known is None or known.entry.revision < change.revision:
             self._places[change.key] = Place(change, read_ticket(change.value))
+
+    def learn_from(self, other: Line) -> None:
+        """Take over what is known there, and when it was seen."""
+        for place in other._places.values():
+            self.apply(place.entry)
 
     def remove(self, key: str) -> None:
         """Forget a ticket that was taken away."""
@@ -117,14 +123,16 @@ class Line:
     def before(self, key: str) -> list[Place]:
         """Who has to be gone before the owner of `key` holds the lock; nobody: he does.
 
-        Of a semaphore's tickets all before his, if they leave no permit.
+        Of a semaphore's tickets all before his, if they leave no permit, or if one of them uses
+        the lock differently: who does so may not have found out yet.
         """
         mine = self._places[key]
         token = mine.entry.epoch
         earlier = [place for place in self._places.values() if place.entry.epoch < token]
         earlier.sort(key=_token)
         if mine.ticket.mode is Mode.SEMAPHORE:
-            return earlier if len(earlier) >= mine.ticket.permits else []
+            is_full = len(earlier) >= mine.ticket.permits
+            return earlier if is_full or not _agree(earlier, mine.ticket) else []
         if mine.ticket.mode is Mode.SHARED:
             return [place for place in earlier if place.ticket.mode is not Mode.SHARED]
         return earlier
@@ -140,6 +148,10 @@ class Line:
                 f"lock {mine.name!r}: {mine.in_words()} was asked for, but "
                 f"{first.holder} uses it as {first.in_words()}"
             )
+
+
+def _agree(places: Iterable[Place], ticket: Ticket) -> bool:
+    return all(place.ticket.agrees_with(ticket) for place in places)
 
 
 def _token(place: Place) -> int:
