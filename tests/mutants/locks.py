@@ -110,6 +110,16 @@ LOCKS: Final = (
         ("tests/unit/test_lock_line.py::test_a_semaphore_waits_for_those_who_use_it_differently",),
     ),
     Mutant(
+        "a ticket that its owner removed meanwhile is taken away",
+        _CONTENDER,
+        "        if self._line.place(place.entry.key) is None:\n"
+        "            return  # removed while we took another away\n",
+        "",
+        (
+            "tests/unit/test_lock_line.py::test_a_silent_ticket_that_goes_while_another_is_taken_away_is_left_alone",
+        ),
+    ),
+    Mutant(
         "granted at once in a bucket made again",
         _CONTENDER,
         " and self._clock() >= self._bucket.granting_from",

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from agentflow import wire
 from agentflow.errors import InvalidRequest, LockTimeout
-from agentflow.events import Event, LockAcquired, LockReleased
+from agentflow.events import Event, LockAcquired, LockLost, LockReleased
 from agentflow.leases.memory import Fault, MemoryLeases, MemoryLeaseServer
 from agentflow.leases.port import Change, Entry, Lease, Removed, Snapshot
 from agentflow.locks.bucket import Opened
@@ -358,9 +358,33 @@ async def test_whose_reading_is_too_old_reads_again() -> None:
         await lines.leave(">", watch, two.key)
 
 
-async def stand(leases: MemoryLeases, number: int) -> Lease:
+async def stand(leases: MemoryLeases, number: int, ttl_s: int = 10) -> Lease:
     """Take a place in line."""
     ticket = Ticket(name=NAME, holder=f"h{number}").encoded()
-    lease = await leases.acquire(wire.lock_key(NAME, str(number)), ticket, 10)
+    lease = await leases.acquire(wire.lock_key(NAME, str(number)), ticket, ttl_s)
     assert lease is not None
     return lease
+
+
+class Hasty(MemoryLeases):
+    """Leases where all silent tickets go, and the watch tells so, before the first is taken away."""
+
+    async def evict(self, entry: Entry) -> bool:
+        """Take it away, after all others."""
+        for each in (await self.entries(">")).entries:
+            if each.ttl_s == entry.ttl_s and each.key != entry.key:
+                await super().evict(each)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return await super().evict(entry)
+
+
+async def test_a_silent_ticket_that_goes_while_another_is_taken_away_is_left_alone() -> None:
+    server, said = MemoryLeaseServer(lambda: 0.0), Said()
+    async with MemoryLeases(server, "locks") as leases:
+        for number in range(3):
+            await stand(leases, number, ttl_s=1)
+        locks = locks_on(server, said, "one", Hasty(server, "locks", clock=time.monotonic))
+        held = await locks.acquire(Ticket(name=NAME, holder="one"), 10, None)
+        await held.release()
+    assert [type(event) for event in said.events] == [LockLost, LockAcquired, LockReleased]

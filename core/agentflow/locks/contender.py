@@ -211,6 +211,8 @@ class Contender:
         try:
             await self._look()
             watch.catch_up(self._waiting)
+            if not self._in_line:
+                return
             now = self._clock()
             for place in self._line.before(self._key):
                 if place.entry.is_silent(now):
@@ -220,6 +222,8 @@ class Contender:
 
     async def _evict(self, place: Place) -> None:
         """Take a ticket away, and say so if its owner may have held the lock."""
+        if self._line.place(place.entry.key) is None:
+            return  # removed while we took another away
         may_hold = not self._line.before(place.entry.key)
         if not await self._leases.evict(place.entry):
             entry = await self._leases.read(place.entry.key)
