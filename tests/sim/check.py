@@ -195,7 +195,7 @@ class _Audit:
                 self.must(held, Check.STORED, intent.id, intent.seq)
                 kinds = {kind for _, kind in stored}
                 self.must(kinds & {Kind.APPLIED, Kind.REJECTED}, Check.COUNTS, intent.id)
-            if intent.refused_seq:
+            if intent.refused_seq and intent.tasks:  # without tasks: under the id of another, which is there
                 early = [seq for seq, _ in stored if seq <= intent.refused_seq]
                 self.must(not early, Check.REFUSED, intent.id, early)
 
