@@ -182,7 +182,8 @@ class JetStreamLeases:
                 return None
             lease = based
             await _pause()
-        raise Disconnected(f"lease {lease.key}: no write was accepted in {_ATTEMPTS_MAX} attempts: {ack}")
+        why = ack or "the server says nothing: its disk may be full, or its majority gone"
+        raise Disconnected(f"lease {lease.key}: no write was accepted in {_ATTEMPTS_MAX} attempts: {why}")
 
     def _based(self, lease: Lease, last: Message | None) -> Lease | None:
         """The lease to write after a refusal, or None if it is not to be had.

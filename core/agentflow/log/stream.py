@@ -296,7 +296,7 @@ async def stream_names(bus: Bus, timeout_s: float) -> list[str]:
     found: list[str] = []
     while True:
         try:
-            page = await ask(bus, "STREAM.NAMES", {"offset": len(found)}, _Names, timeout_s)
+            page = await ask_again(bus, "STREAM.NAMES", {"offset": len(found)}, _Names, timeout_s)
         except ApiFailed as failed:
             raise Disconnected(str(failed)) from failed
         found += page.streams or []

@@ -40,7 +40,7 @@ from agentflow_nodes.cli.session import (
 )
 from agentflow_nodes.master.sharing import SeatReport, Session, Standing, leader_of
 
-_TIMEOUT_S: Final = 5.0
+_TIMEOUT_S: Final = 10.0
 _WATCH_S: Final = 1.0
 _STYLES: Final = {
     Standing.LEADER: "green",

@@ -149,6 +149,9 @@ class Seat:
             for task in tasks:  # the follower's error says most
                 if task in done:
                     task.result()
+        except LogGone:
+            self._registered = False  # nobody has heard of us in what took the log's place
+            raise
         finally:
             await end_tasks(registering, standing, following)
 
