@@ -17,7 +17,7 @@ import pytest
 import agentflow
 from agentflow import frames, wire
 from agentflow.events import TaskSubmitted, WorkflowTask
-from agentflow.limits import FRAME_BYTES_MAX, FRAME_EVENTS_MAX
+from agentflow.limits import FRAME_BYTES_MAX, FRAME_EVENTS_MAX, LEVEL
 from agentflow.log.port import Done, Frame
 from tests.app import add
 from tests.cluster import Audit, Cluster, audit
@@ -313,7 +313,7 @@ class TestBadInput:
     async def test_an_unknown_version(self, running: Cluster) -> None:
         client = await running.client()
         subject = wire.event("default", SUBMIT, "stranger")
-        seq = await _publish(client, subject, GOOD % 1, {wire.VERSION: "2"})
+        seq = await _publish(client, subject, GOOD % 1, {wire.VERSION: str(LEVEL + 1)})
         answer = _any((await _answered(client, seq)).of_kind("event.rejected")[0].event)
         assert (answer.index, answer.reason) == (-1, "unknown_version")
         await _still_works(client)

@@ -98,8 +98,14 @@ class TestHeldUp:
 
 
 def _keepers(worker: Process) -> list[psutil.Process]:
-    children = psutil.Process(worker.pid).children()
-    return [child for child in children if any("keeper" in word for word in child.cmdline())]
+    return [child for child in psutil.Process(worker.pid).children() if _is_keeper(child)]
+
+
+def _is_keeper(child: psutil.Process) -> bool:
+    try:
+        return any("keeper" in word for word in child.cmdline())
+    except psutil.NoSuchProcess:  # it has just ended; a zombie is one of those
+        return False
 
 
 class TestPaused:
