@@ -27,10 +27,10 @@ types:
 imports:
     lint-imports
 
-# Beside the tests: clusters on simulated time, all interleavings of leases and locks, and faults on real processes
-prove: (sim "--seeds" "500") (model "--quick") (chaos "--ci")
+# Beside the tests: all interleavings of leases and locks, and faults on real processes
+prove: (model "--quick") (chaos "--ci")
 
-# All tests; those of one real edge or of processes one at a time, the others beside them
+# All tests; those with real servers and processes one at a time, the others and 500 simulated clusters beside them
 test *arguments:
     pytest -n 2 --dist loadgroup "$@"
 

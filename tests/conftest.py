@@ -12,13 +12,13 @@ from agentflow.bus import Bus
 from tests.cluster import Cluster
 from tests.servers import NatsServer
 
-UNIT: Final = Path(__file__).parent / "unit"
+UNTIMED: Final = tuple(Path(__file__).parent / name for name in ("unit", "sim"))
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """Tests with real servers and processes measure time: they run one after the other."""
     for item in items:
-        if not item.path.is_relative_to(UNIT):
+        if not any(item.path.is_relative_to(folder) for folder in UNTIMED):
             item.add_marker(pytest.mark.xdist_group("one at a time"))
 
 
