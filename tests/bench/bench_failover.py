@@ -187,7 +187,8 @@ async def server_restarts(count: int, tick: Callable[[], None]) -> list[float]:
     gaps = []
     async with Watched(Stack()) as watched:
         for _ in range(count):
-            await asyncio.sleep(random.uniform(1.0, 3.0))
+            # A server that dies again within five seconds is come back to more slowly each time.
+            await asyncio.sleep(random.uniform(5.5, 7.5))
             seen = watched.seen
             killed_at = time.time()
             seen.assigned.clear()
