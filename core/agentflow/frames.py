@@ -344,6 +344,10 @@ class Filled(NamedTuple):
     length: int
 
 
+FIXED_LEVELS: Final = {kind: level for kind, level in SINCE.items() if kind not in _NAME_LOCKS}
+"""The level of kinds that need the same whatever they say."""
+
+
 def level_of(events: Sequence[Event]) -> int:
     """The contract level a frame of these events, which are of one kind, must be written in."""
     kind = events[0].kind

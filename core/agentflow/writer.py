@@ -22,7 +22,7 @@ from agentflow import wire
 from agentflow.ending import end_tasks
 from agentflow.errors import AppendRefused, AppendUnknown, InvalidRequest, LogGone, OperatingError
 from agentflow.events import Event
-from agentflow.frames import TooLarge, compose, encode, level_headers, level_of
+from agentflow.frames import FIXED_LEVELS, TooLarge, compose, encode, level_headers, level_of
 from agentflow.limits import LEVEL_FIRST
 from agentflow.log.port import Appended, Done, Frame, Log, Reason, Refused
 from agentflow.logs import get_logger
@@ -132,7 +132,7 @@ class Writer:
     def _enter(self, said: _Said) -> None:
         said.number = next(self._said)
         if said.events:
-            said.level = level_of(said.events)
+            said.level = FIXED_LEVELS.get(said.kind) or level_of(said.events)
         kind = said.kind if self._grouped else ""
         queue = self._queues.get(kind)
         if queue is None:

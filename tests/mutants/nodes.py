@@ -112,8 +112,8 @@ NODES: Final = (
     Mutant(
         "an assignment stored twice runs twice",
         _WORKER,
-        " or self._seen_before(assigned):",
-        ":",
+        " and self._seen_before(message):",
+        " and False:",
         ("tests/integration/test_worker.py::test_an_assignment_stored_twice_is_run_once",),
     ),
     Mutant(

@@ -94,7 +94,7 @@ class SimWorker:
         self._instance = cluster.nonce()
         self._incarnation = 0
         self._read = 0
-        self._seen: dict[str, int] = {}
+        self._seen: set[bytes] = set()
         """Attempts assigned to this incarnation, by task: none is run twice."""
         self._locks = SimTaskLocks(cluster, link, self._writer, shape.name)
         self._queue: deque[TaskAssigned] = deque()
@@ -229,6 +229,8 @@ class SimWorker:
     def _on_message(self, message: Message) -> None:
         judged = judge(message.subject, message.data, message.headers)
         self._read = message.seq
+        if judged.kind == TaskAssigned.kind and self._seen_before(message):
+            return
         for item in judged.items:
             if type(item) is TaskAssigned:
                 self._on_assigned(item)
@@ -236,7 +238,7 @@ class SimWorker:
                 self._on_other(item, message.seq)
 
     def _on_assigned(self, assigned: TaskAssigned) -> None:
-        if not self._is_ours(assigned) or self._seen_before(assigned):
+        if not self._is_ours(assigned):
             return
         if self._draining:
             self._hand_back(assigned)
@@ -246,11 +248,11 @@ class SimWorker:
     def _is_ours(self, assigned: TaskAssigned) -> bool:
         return assigned.incarnation == self._incarnation
 
-    def _seen_before(self, assigned: TaskAssigned) -> bool:
+    def _seen_before(self, message: Message) -> bool:
         """Whether it is a repeated write that was stored again."""
-        if self._seen.get(assigned.id, 0) >= assigned.attempt:
+        if message.data in self._seen:
             return True
-        self._seen[assigned.id] = assigned.attempt
+        self._seen.add(message.data)
         return False
 
     def _on_other(self, event: Event, seq: int) -> None:

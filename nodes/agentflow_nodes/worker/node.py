@@ -13,6 +13,7 @@ import secrets
 import socket
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
+from hashlib import blake2b
 from itertools import islice
 from types import TracebackType
 from typing import Any, Final, Self
@@ -47,8 +48,8 @@ from agentflow_nodes.worker.kept import Kept, needs_keeper
 from agentflow_nodes.worker.locking import TaskLocks
 from agentflow_nodes.worker.slots import Slots
 
-_SEEN_MIN: Final = 50_000
-"""Assignments remembered, so that none is run twice."""
+_SEEN_MIN: Final = 20_000
+"""Messages of assignments remembered, so that none is run twice."""
 _LEAVES: Final = "the worker leaves"
 _LEAVE_S: Final = 5.0
 """How long leaving waits for the log to take the last word."""
@@ -82,7 +83,7 @@ class Worker:
         self._instance = secrets.token_hex(8)
         self._incarnation = 0
         self._read = 0
-        self._seen: dict[str, int] = {}
+        self._seen: dict[bytes, None] = {}
         """Attempts assigned to this incarnation, by task: the latest ones."""
         self._draining = self._gone = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -238,6 +239,8 @@ class Worker:
     def _on_message(self, message: Message) -> None:
         judged = judge(message.subject, message.data, message.headers)
         self._read = message.seq
+        if judged.kind == TaskAssigned.kind and self._seen_before(message):
+            return
         for item in judged.items:
             if type(item) is TaskAssigned:
                 self._on_assigned(item)
@@ -245,23 +248,23 @@ class Worker:
                 self._on_other(item, message.seq)
 
     def _on_assigned(self, assigned: TaskAssigned) -> None:
-        if assigned.incarnation != self._incarnation or self._seen_before(assigned):
+        if assigned.incarnation != self._incarnation:
             return
         if self._draining:
             self._slots.hand_back(assigned)
         else:
             self._slots.take(assigned)
 
-    def _seen_before(self, assigned: TaskAssigned) -> bool:
+    def _seen_before(self, message: Message) -> bool:
         """Whether it is a repeated write that was stored again: the server's clock may step beyond its window."""
-        seen = self._seen
-        if seen.get(assigned.id, 0) >= assigned.attempt:
-            _log.warning("an assignment came twice", task=assigned.id, attempt=assigned.attempt)
+        seen, digest = self._seen, blake2b(message.data, digest_size=16).digest()
+        if digest in seen:
+            _log.warning("an assignment came twice", seq=message.seq)
             return True
-        seen[assigned.id] = assigned.attempt
+        seen[digest] = None
         if len(seen) > 2 * _SEEN_MIN:
-            for task_id in list(islice(seen, _SEEN_MIN)):
-                del seen[task_id]
+            for each in list(islice(seen, _SEEN_MIN)):
+                del seen[each]
         return False
 
     def _on_other(self, event: Event, seq: int) -> None:
