@@ -20,6 +20,7 @@ _INDEXES: Final = {
     "newest",
     "knows",
     "ended",
+    "steps",
     "queue",
     "terms",
     "unused_terms",

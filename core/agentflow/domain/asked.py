@@ -17,7 +17,7 @@ from agentflow.checks import priority_of
 from agentflow.domain import workflows
 from agentflow.domain.life import FINAL, State, WorkflowState
 from agentflow.domain.state import APPLIED, DUPLICATE, At, Kind, Namespace, Task, Verdict
-from agentflow.domain.steps import leave_queue, make_ready, node_of
+from agentflow.domain.steps import leave_queue, make_ready, node_of, step
 from agentflow.domain.tasks import digest_of_workflow, new_task, release_terms
 from agentflow.events import (
     Reason,
@@ -45,7 +45,7 @@ def task_submitted(state: Namespace, event: TaskSubmitted, at: At) -> Verdict:
     if verdict is not None:
         release_terms(state, task.terms)
         return verdict
-    state.tasks[task_id] = task
+    _accept(state, task)
     make_ready(state, task)
     return APPLIED
 
@@ -70,10 +70,18 @@ def workflow_submitted(state: Namespace, event: WorkflowSubmitted, at: At) -> Ve
     workflow = workflows.build(state, event, workflow_id, submitted, digest, at)
     state.workflows[workflow_id] = workflow
     for task in workflow.tasks.values():
-        state.tasks[task.id] = task
-        if not node_of(task).waiting:
+        _accept(state, task)
+        if node_of(task).waiting:
+            step(state, task, State.PENDING)
+        else:
             make_ready(state, task)
     return APPLIED
+
+
+def _accept(state: Namespace, task: Task) -> None:
+    state.accepted += 1
+    task.number = state.accepted
+    state.tasks[task.id] = task
 
 
 def workflow_part(state: Namespace, event: WorkflowPart, at: At) -> Verdict:

@@ -11,7 +11,7 @@ from typing import Any, Final, assert_never
 
 from agentflow.domain.life import State
 from agentflow.domain.state import APPLIED, SUPERSEDED, At, Kind, Namespace, Verdict
-from agentflow.domain.steps import end, leave_queue, lose, make_ready
+from agentflow.domain.steps import end, leave_queue, lose, make_ready, step
 from agentflow.events import (
     EventRejected,
     PolicyChanged,
@@ -69,9 +69,9 @@ def _task_assigned(state: Namespace, event: TaskAssigned, at: At) -> Verdict:
         return SUPERSEDED
     if task.ticket:
         state.queue.remove(task)
-    task.state = State.RUNNING
     task.attempt = event.attempt
     task.worker = worker
+    step(state, task, State.RUNNING)
     task.started = task.stopping = False
     task.quick_us = quick_us = state.quick_us(task)
     worker.quick_us += quick_us

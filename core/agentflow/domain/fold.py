@@ -10,6 +10,7 @@ leader decides in `decided`, what workers say in `reported`, and what these shar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from agentflow.checks import Bad
@@ -68,8 +69,16 @@ from agentflow.events import (
 from agentflow.frames import Judged, unknown_kind
 from agentflow.limits import ANSWERS_MAX, LEVEL_FIRST
 
+Observe = Callable[[At, "Event | Bad", Verdict], None]
+"""Told of each event once it is folded: where it stands, what it says, and what was made of it.
 
-def fold(state: Namespace, seq: int, time_ns: int, judged: Judged) -> list[Verdict]:
+The position is the fold's own and moves on afterwards. Index -1: the message as a whole.
+"""
+
+
+def fold(
+    state: Namespace, seq: int, time_ns: int, judged: Judged, observe: Observe | None = None
+) -> list[Verdict]:
     """Fold one message; the verdict on each of its events, or on the message as a whole.
 
     A message at or before the last one folded changes nothing.
@@ -84,23 +93,31 @@ def fold(state: Namespace, seq: int, time_ns: int, judged: Judged) -> list[Verdi
     at = At(seq, 0, server_ms, judged.actor)
     if judged.level != LEVEL_FIRST and judged.level > min(state.level, state.knows):
         at.index = -1
-        return [_too_new(state, judged, at)]
+        return _as_a_whole(_too_new(state, judged, at), at, observe)
     if judged.whole is not None:
         at.index = -1
-        return [_refuse(state, judged.role, judged.whole, at)]
+        return _as_a_whole(_refuse(state, judged.role, judged.whole, at), at, observe)
     if judged.decision is not None:
         at.epoch = judged.decision.epoch
     verdicts: list[Verdict] = []
     for index, item in enumerate(judged.items):
         at.index = index
         if type(item) is Bad:
-            verdicts.append(_refuse(state, judged.role, item, at))
-            continue
-        verdict = evolve(state, item, at)  # type: ignore[arg-type] # mypy does not narrow by `type(...) is`
-        if verdict is not APPLIED:
-            verdict = _not_applied(state, verdict, item, at)
+            verdict = _refuse(state, judged.role, item, at)
+        else:
+            verdict = evolve(state, item, at)  # type: ignore[arg-type] # mypy does not narrow by `type(...) is`
+            if verdict is not APPLIED:
+                verdict = _not_applied(state, verdict, item, at)
         verdicts.append(verdict)
+        if observe is not None:
+            observe(at, item, verdict)
     return verdicts
+
+
+def _as_a_whole(verdict: Verdict, at: At, observe: Observe | None) -> list[Verdict]:
+    if observe is not None:
+        observe(at, Bad(verdict.reason or Reason.BAD_VALUE, verdict.detail), verdict)
+    return [verdict]
 
 
 def _advance_clock(state: Namespace, server_ms: int) -> None:

@@ -109,7 +109,7 @@ def rank(task: Task, ageing_per_s: float) -> Rank:
 class Queue:
     """All ready tasks of a namespace."""
 
-    __slots__ = ("_numbers", "_suspects", "lines", "parked", "size", "tickets", "version", "waiting")
+    __slots__ = ("_suspects", "lines", "numbers", "parked", "size", "tickets", "version", "waiting")
 
     def __init__(self) -> None:
         self.lines: dict[Demand, Line] = {}
@@ -122,7 +122,8 @@ class Queue:
         self.version = -1
         self.size = 0
         self.tickets = 0
-        self._numbers = 0
+        self.numbers = 0
+        """Lines ever opened."""
 
     def open(self, demand: Demand) -> Line:
         """The line for a demand; to be given back with `close`."""
@@ -139,8 +140,24 @@ class Queue:
             del self.lines[line.demand]
 
     def _new_line(self, demand: Demand, *, suspect: bool) -> Line:
-        self._numbers += 1
-        return Line(demand, self._numbers, suspect=suspect)
+        self.numbers += 1
+        return Line(demand, self.numbers, suspect=suspect)
+
+    def reopen(self, demand: Demand, number: int) -> Line:
+        """A line for tasks of a demand as it was opened once, under its number."""
+        line = self.lines.get(demand)
+        if line is None:
+            line = self.lines[demand] = Line(demand, number, suspect=False)
+        line.users += 1
+        return line
+
+    def refill(self, demand: Demand, number: int, *, suspect: bool) -> Line:
+        """A line with tasks in it as it was once: they are to be entered."""
+        line = self.lines[demand]
+        if suspect:
+            line = self._suspects[demand] = Line(demand, number, suspect=True)
+        self.waiting[number] = line
+        return line
 
     def _suspect_line(self, demand: Demand) -> Line:
         line = self._suspects.get(demand)

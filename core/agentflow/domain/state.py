@@ -123,6 +123,8 @@ class Task(Struct, gc=False):
     """What the last failed attempt said."""
     order: int = 0
     """Its place among tasks whose timers are due at the same time."""
+    number: int = 0
+    """Tasks accepted up to this one, itself included: its name for ever, in eight bytes."""
 
     @property
     def awaits_first_start(self) -> bool:
@@ -375,6 +377,8 @@ class Namespace:
         self.lock_generation = 0
         self.lock_users: dict[str, str] = {}
         """The task that runs under a lock, by its name."""
+        self.accepted = 0
+        """Tasks ever accepted."""
         self.tasks: dict[str, Task] = {}
         self.workflows: dict[str, Workflow] = {}
         self.workers: dict[str, Worker] = {}
@@ -412,6 +416,8 @@ class Namespace:
         self.superseded = 0
         self.ended: list[Ended] = []
         """What ended since the caller last cleared this; not part of the state."""
+        self.steps: list[tuple[Task, State]] | None = None
+        """Tasks that came into another state since the caller last cleared this; None: nobody asks."""
 
     def quick_us(self, task: Task) -> int:
         """Expected run time of a task if it is known and so short that others may wait behind it; else 0."""

@@ -25,9 +25,16 @@ TIMERS_MIN: Final = 1_024
 """Timers below this number are not worth cleaning up."""
 
 
+def step(state: Namespace, task: Task, to: State) -> None:
+    """The task is in another state from here on."""
+    task.state = to
+    if state.steps is not None:
+        state.steps.append((task, to))
+
+
 def make_ready(state: Namespace, task: Task) -> None:
     """The task waits for a worker from now on."""
-    task.state = State.READY
+    step(state, task, State.READY)
     task.ready_ms = state.clock_ms
     if task.cancel is None:
         state.queue.push(task)
@@ -36,7 +43,7 @@ def make_ready(state: Namespace, task: Task) -> None:
 
 def requeue(state: Namespace, task: Task) -> None:
     """Back to the front of its lane: it has waited before."""
-    task.state = State.READY
+    step(state, task, State.READY)
     if task.cancel is None:
         state.queue.push(task, front=True)
         _set_deadline(state, task)
@@ -99,7 +106,7 @@ def dismiss(state: Namespace, worker: Worker) -> Sequence[Task]:
 
 def back_off(state: Namespace, task: Task) -> None:
     """The task waits a while before it may be tried again."""
-    task.state = State.PENDING
+    step(state, task, State.PENDING)
     task.due_ms = max(1, state.clock_ms + policies.backoff_ms(task.terms.retry, task.failures, task.id))
     _set_timer(state, state.backoffs, task.due_ms, task)
 
@@ -135,7 +142,7 @@ def learn(state: Namespace, run_key: str, run_us: int) -> None:
 
 def end(state: Namespace, task: Task, final: State, at: At, event: Any) -> None:
     """The task reached a final state; what depends on it follows."""
-    task.state = final
+    step(state, task, final)
     task.suspect = False
     if task.cancel is not None:
         state.cancels.pop(task.id, None)
@@ -158,7 +165,7 @@ def end(state: Namespace, task: Task, final: State, at: At, event: Any) -> None:
             if not node.waiting and dependent.state is State.PENDING:
                 make_ready(state, dependent)
     else:
-        _skip_dependents(task, at)
+        _skip_dependents(state, task, at)
     if not workflow.open:
         _end_workflow(state, workflow.id, at)
 
@@ -170,13 +177,13 @@ def _count_ended(workflow: Any, task: Task, at: At) -> None:
     workflow.counts[task.state] = workflow.counts.get(task.state, 0) + 1
 
 
-def _skip_dependents(task: Task, at: At) -> None:
+def _skip_dependents(state: Namespace, task: Task, at: At) -> None:
     waiting = list(node_of(task).dependents)
     while waiting:
         dependent = waiting.pop()
         if dependent.state is not State.PENDING or dependent.cancel is not None:
             continue  # what was asked to be cancelled ends with that being confirmed
-        dependent.state = State.SKIPPED
+        step(state, dependent, State.SKIPPED)
         dependent.error = f"{task.id} ended {task.state}"
         _count_ended(node_of(dependent).workflow, dependent, at)
         waiting += node_of(dependent).dependents

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 from zlib import crc32
 
 import msgspec
 
 from agentflow.checks import priority_of
-from agentflow.domain.queue import Demand
+from agentflow.domain.queue import Demand, Line
 from agentflow.domain.state import At, Namespace, Payload, Task, Terms
 from agentflow.events import Needs, Retry, Work, WorkflowSubmitted, WorkflowTask
 from agentflow.limits import FOLD_BYTES_MAX
@@ -19,6 +19,7 @@ UNUSED_TERMS_MAX: Final = 128
 """Terms kept although no open task has them."""
 
 _encode: Final = msgspec.json.Encoder(order="deterministic").encode
+_decode_retry: Final = msgspec.json.Decoder(Retry).decode
 
 
 def new_task(state: Namespace, work: Work, task_id: str, at: At, *, notify: str = "") -> Task:
@@ -72,7 +73,7 @@ def _terms(state: Namespace, work: Work, client: str, notify: str) -> Terms:
     )
     terms = state.terms.get(key)
     if terms is None:
-        terms = state.terms[key] = _new_terms(state, key, work, client, notify)
+        terms = state.terms[key] = terms_of(key, state.queue.open)
     elif not terms.users:
         del state.unused_terms[key]
     terms.users += 1
@@ -104,36 +105,33 @@ def _retry_key(retry: Retry) -> bytes:
     return _encode(retry)
 
 
-def _new_terms(state: Namespace, key: tuple[Any, ...], work: Work, client: str, notify: str) -> Terms:
-    needs = None if work.needs is None else _needs_key(work.needs)
-    function = sys.intern(work.function)
-    demand = Demand(function, work.lock, *(needs or ()))
+def terms_of(key: tuple[Any, ...], open_line: Callable[[Demand], Line]) -> Terms:
+    """Terms, from what tells them from others; see `_terms`."""
+    function, shell, cwd, priority, needs, retry_key, timeout_s, queue_timeout_s, client, notify, lock = key
+    function = sys.intern(function)
+    retry = None if retry_key is None else _decode_retry(retry_key)
+    demand = Demand(function, lock, *(needs or ()))
     # Adding zero makes -0.0 and 0.0 one, as they are in the key.
-    timeouts = (work.timeout_s + 0.0, work.queue_timeout_s + 0.0)
-    described: tuple[Any, ...] = (
-        *(work.function, work.shell, work.cwd, work.priority),
-        *(needs, work.retry, timeouts),
-    )
-    if work.lock:
-        described += (work.lock,)
+    timeouts = (timeout_s + 0.0, queue_timeout_s + 0.0)
+    described: tuple[Any, ...] = (function, shell, cwd, priority, needs, retry, timeouts)
+    if lock:
+        described += (lock,)
     return Terms(
         key=key,
         function=function,
-        shell=work.shell,
-        cwd=work.cwd,
-        priority=priority_of(work.priority),
+        shell=shell,
+        cwd=cwd,
+        priority=priority_of(priority),
         demand=demand,
-        line=state.queue.open(demand),
-        retry=work.retry,
-        timeout_s=work.timeout_s,
-        queue_timeout_ms=int(work.queue_timeout_s * 1000),
+        line=open_line(demand),
+        retry=retry,
+        timeout_s=timeout_s,
+        queue_timeout_ms=int(queue_timeout_s * 1000),
         client=client,
         notify=notify,
-        run_key=function or f"$process {crc32(work.shell.encode()):08x}",
+        run_key=function or f"$process {crc32(shell.encode()):08x}",
         digest=crc32(_encode(described)),
-        only_function=not (
-            work.shell or work.cwd or work.timeout_s or work.lock or (work.retry and work.retry.non_retryable)
-        ),
+        only_function=not (shell or cwd or timeout_s or lock or (retry and retry.non_retryable)),
     )
 
 
