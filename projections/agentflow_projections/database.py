@@ -9,7 +9,7 @@ DuckDB's own errors do not leave this file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import resources
@@ -21,6 +21,7 @@ import duckdb
 import pyarrow as pa
 from msgspec import Struct
 
+import agentflow_projections
 from agentflow.errors import InvalidRequest, OperatingError
 from agentflow.frames import decode_any
 from agentflow.log.port import Identity, Message
@@ -158,7 +159,7 @@ class Database:
     # Writing -----------------------------------------------------------------------------
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> Generator[None]:
         """All of it, or nothing."""
         self._execute("BEGIN")
         try:
@@ -253,11 +254,11 @@ class Database:
 
 def sql(name: str) -> str:
     """One of our SQL files."""
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    return resources.files(agentflow_projections).joinpath(name).read_text(encoding="utf-8")
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def _errors() -> Generator[None]:
     try:
         yield
     except duckdb.Error as error:

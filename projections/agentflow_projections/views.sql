@@ -98,3 +98,229 @@ LEFT JOIN worker_joins AS j ON j.worker = l.worker
 WHERE s.pos <= end_of(position);
 
 CREATE VIEW tasks AS FROM tasks_at(9007199254740991 >> 13);
+CREATE MACRO attempts_at(position) AS TABLE
+WITH known AS (
+    SELECT * FROM task_changes WHERE attempt > 0 AND pos <= end_of(position)
+),
+begun AS (
+    SELECT task, attempt, min(pos) AS pos, min(logged_at) AS assigned_at, max(worker) AS worker, max(started_at) AS started_at
+    FROM known
+    GROUP BY task, attempt
+),
+ended AS (
+    SELECT
+        task,
+        attempt,
+        min(pos) AS pos,
+        min_by(logged_at, pos) AS ended_at,
+        min_by(cause, pos) AS cause,
+        min_by(run_us, pos) AS run_us,
+        min_by(error, pos) AS error,
+        min_by(detail, pos) AS detail
+    FROM known
+    WHERE state != 'running'
+    GROUP BY task, attempt
+)
+SELECT
+    s.id AS task,
+    b.attempt,
+    j.name AS worker,
+    b.worker AS incarnation,
+    CASE
+        WHEN e.pos IS NULL THEN 'running'
+        WHEN e.cause = 'task.failed' AND e.error = 'stopped' THEN 'stopped'
+        ELSE split_part(e.cause, '.', 2)
+    END AS outcome,
+    b.assigned_at,
+    b.started_at,
+    e.ended_at,
+    e.run_us,
+    e.error,
+    e.detail,
+    seq_of(b.pos) AS assigned_seq,
+    seq_of(e.pos) AS ended_seq,
+    index_of(e.pos) AS ended_index,
+    b.task AS number
+FROM begun AS b
+JOIN task_submissions AS s USING (task)
+LEFT JOIN ended AS e USING (task, attempt)
+LEFT JOIN worker_joins AS j ON j.worker = b.worker;
+
+CREATE VIEW attempts AS FROM attempts_at(9007199254740991 >> 13);
+
+CREATE MACRO workflows_at(position) AS TABLE
+WITH counted AS (
+    SELECT s.workflow, count(*) FILTER (l.state = 'completed') AS completed, count(*) FILTER (l.state = 'failed') AS failed,
+        count(*) FILTER (l.state = 'skipped') AS skipped, count(*) FILTER (l.state = 'cancelled') AS cancelled,
+        count(*) FILTER (l.state IN ('pending', 'ready', 'running')) AS open
+    FROM task_submissions AS s
+    JOIN (
+        SELECT task, max_by(state, pos) AS state FROM task_changes WHERE pos <= end_of(position) GROUP BY task
+    ) AS l USING (task)
+    WHERE s.workflow IS NOT NULL
+    GROUP BY s.workflow
+)
+SELECT
+    w.id,
+    w.name,
+    w.description,
+    coalesce(e.state, 'running') AS state,
+    w.client,
+    w.tasks,
+    c.completed,
+    c.failed,
+    c.skipped,
+    c.cancelled,
+    c.open,
+    w.logged_at AS submitted_at,
+    e.logged_at AS ended_at,
+    seq_of(w.workflow) AS seq,
+    index_of(w.workflow) AS "index",
+    w.workflow AS number
+FROM workflow_submissions AS w
+LEFT JOIN counted AS c USING (workflow)
+LEFT JOIN (SELECT * FROM workflow_ends WHERE pos <= end_of(position)) AS e USING (workflow)
+WHERE w.workflow <= end_of(position);
+
+CREATE VIEW workflows AS FROM workflows_at(9007199254740991 >> 13);
+
+CREATE VIEW dependencies AS
+SELECT w.id AS workflow, a.name AS task, b.name AS depends_on, a.id AS task_id, b.id AS depends_on_id
+FROM task_dependencies AS d
+JOIN task_submissions AS a ON a.task = d.task
+JOIN task_submissions AS b ON b.task = d.depends_on
+JOIN workflow_submissions AS w ON w.workflow = a.workflow;
+
+CREATE MACRO queue_at(position) AS TABLE
+SELECT
+    row_number() OVER (ORDER BY priority DESC, ready_at, number) AS place,
+    id,
+    name,
+    workflow,
+    priority,
+    runs,
+    ready_at,
+    attempts,
+    cpu,
+    memory_mb,
+    gpus,
+    "group",
+    labels,
+    lock,
+    number
+FROM tasks_at(position)
+WHERE state = 'ready';
+
+CREATE VIEW queue AS FROM queue_at(9007199254740991 >> 13);
+
+CREATE MACRO workers_at(position) AS TABLE
+WITH latest AS (
+    SELECT worker, max_by(state, pos) AS state, max_by(reason, pos) AS reason,
+        max(logged_at) FILTER (state IN ('lost', 'left')) AS ended_at
+    FROM worker_changes
+    WHERE pos <= end_of(position)
+    GROUP BY worker
+),
+-- A name that joins again ends what it was before.
+joined AS (
+    SELECT *, lead(logged_at) OVER (PARTITION BY name ORDER BY worker) AS again_at
+    FROM worker_joins
+    WHERE worker <= position
+)
+SELECT
+    j.name,
+    j.worker AS incarnation,
+    CASE WHEN l.state IN ('lost', 'left') THEN l.state WHEN j.again_at IS NOT NULL THEN 'lost' ELSE l.state END AS state,
+    CASE WHEN l.state NOT IN ('lost', 'left') AND j.again_at IS NOT NULL THEN 'it started anew' ELSE l.reason END AS reason,
+    j.slots,
+    j.ahead,
+    j."group",
+    j.labels,
+    j.cpu,
+    j.memory_mb,
+    j.gpus,
+    j.functions,
+    j.host,
+    j.pid,
+    j.level,
+    j.logged_at AS joined_at,
+    coalesce(l.ended_at, j.again_at) AS ended_at
+FROM joined AS j
+JOIN latest AS l USING (worker);
+
+CREATE VIEW workers AS FROM workers_at(9007199254740991 >> 13);
+
+CREATE MACRO leaders_at(position) AS TABLE
+SELECT
+    epoch,
+    master,
+    level,
+    logged_at AS elected_at,
+    lead(logged_at) OVER (ORDER BY epoch) AS until,
+    lead(logged_at) OVER (ORDER BY epoch) IS NULL AS leads,
+    seq_of(pos) AS seq
+FROM elections
+WHERE pos <= end_of(position);
+
+CREATE VIEW leaders AS FROM leaders_at(9007199254740991 >> 13);
+
+CREATE MACRO locks_at(position) AS TABLE
+WITH known AS (SELECT * FROM lock_changes WHERE pos <= end_of(position)),
+ended AS (
+    SELECT name, token, min(pos) AS pos, min_by(logged_at, pos) AS ended_at, min_by(change, pos) AS change,
+        min_by(reason, pos) AS reason
+    FROM known
+    WHERE change != 'acquired'
+    GROUP BY name, token
+)
+SELECT
+    k.name,
+    k.token,
+    k.holder,
+    k.client,
+    k.mode,
+    k.permits,
+    k.ttl_s,
+    k.metadata,
+    coalesce(e.change, 'held') AS state,
+    e.reason,
+    k.logged_at AS acquired_at,
+    e.ended_at,
+    seq_of(k.pos) AS acquired_seq,
+    seq_of(e.pos) AS ended_seq
+FROM known AS k
+LEFT JOIN ended AS e USING (name, token)
+WHERE k.change = 'acquired';
+
+CREATE VIEW locks AS FROM locks_at(9007199254740991 >> 13);
+
+CREATE VIEW quarantine AS
+SELECT
+    seq_of(r.pos) + (r.pos & 8191 = 8191)::BIGINT AS seq,
+    CASE WHEN r.pos & 8191 = 8191 THEN -1 ELSE index_of(r.pos) END AS "index",
+    f.logged_at,
+    r.verdict,
+    f.kind,
+    f.actor,
+    r.reason,
+    r.detail,
+    f.data
+FROM refusals AS r
+JOIN frames AS f ON f.seq = seq_of(r.pos) + (r.pos & 8191 = 8191)::BIGINT
+WHERE r.verdict IN ('rejected', 'quarantined');
+
+CREATE VIEW decisions AS
+SELECT
+    d.seq,
+    f.logged_at,
+    f.kind,
+    f.actor,
+    f.events,
+    d.epoch,
+    d.basis,
+    d.planned_for,
+    d.policy,
+    e.master
+FROM decided AS d
+JOIN frames AS f USING (seq)
+LEFT JOIN elections AS e USING (epoch);

@@ -413,7 +413,22 @@ class _Writer:
 
 
 def _terms(terms: Terms) -> _Terms:
-    return _Terms(*terms.key, line=terms.line.number, users=terms.users)
+    function, shell, cwd, priority, needs, retry, timeout_s, queue_timeout_s, client, notify, lock = terms.key
+    return _Terms(
+        function=function,
+        shell=shell,
+        cwd=cwd,
+        priority=priority,
+        needs=needs,
+        retry=retry,
+        timeout_s=timeout_s,
+        queue_timeout_s=queue_timeout_s,
+        client=client,
+        notify=notify,
+        lock=lock,
+        line=terms.line.number,
+        users=terms.users,
+    )
 
 
 def _announcement(ended: Ended) -> _Announcement:
