@@ -134,7 +134,7 @@ class Database:
 
     def _create(self) -> None:
         with self.transaction():
-            for name in ("schema.sql", "views.sql"):
+            for name in ("schema.sql", "views.sql", "comments.sql"):
                 self._execute(sql(name))
 
     def _set_aside(self, why: str) -> None:

@@ -1,5 +1,6 @@
 -- What people ask. A macro `<name>_at(position)` answers as of the end of the message with that
--- sequence; the view `<name>` answers as of now.
+-- sequence; the view `<name>` answers as of now, or as of the position that the session's
+-- variable `as_of` names.
 
 CREATE MACRO seq_of(pos) AS pos >> 13;
 CREATE MACRO index_of(pos) AS pos & 8191;
@@ -7,6 +8,9 @@ CREATE MACRO index_of(pos) AS pos & 8191;
 CREATE MACRO end_of(seq) AS (seq << 13) | 8191;
 -- The last position stored at or before a time.
 CREATE MACRO position_at(moment) AS (SELECT coalesce(max(seq), 0) FROM frames WHERE logged_at <= moment);
+
+-- The position the views of this session answer as of.
+CREATE MACRO as_of() AS coalesce(getvariable('as_of')::BIGINT, 9007199254740991 >> 13);
 
 CREATE VIEW events AS
 WITH each AS (
@@ -19,6 +23,7 @@ WITH each AS (
         actor,
         unnest(CASE WHEN events > 0 THEN from_json(coalesce(sound, decode(data)), '["JSON"]') ELSE [NULL] END) AS body
     FROM frames
+    WHERE seq <= as_of()
 )
 SELECT
     e.seq,
@@ -97,7 +102,7 @@ LEFT JOIN workflow_submissions AS w USING (workflow)
 LEFT JOIN worker_joins AS j ON j.worker = l.worker
 WHERE s.pos <= end_of(position);
 
-CREATE VIEW tasks AS FROM tasks_at(9007199254740991 >> 13);
+CREATE VIEW tasks AS FROM tasks_at(as_of());
 CREATE MACRO attempts_at(position) AS TABLE
 WITH known AS (
     SELECT * FROM task_changes WHERE attempt > 0 AND pos <= end_of(position)
@@ -146,7 +151,7 @@ JOIN task_submissions AS s USING (task)
 LEFT JOIN ended AS e USING (task, attempt)
 LEFT JOIN worker_joins AS j ON j.worker = b.worker;
 
-CREATE VIEW attempts AS FROM attempts_at(9007199254740991 >> 13);
+CREATE VIEW attempts AS FROM attempts_at(as_of());
 
 CREATE MACRO workflows_at(position) AS TABLE
 WITH counted AS (
@@ -182,14 +187,15 @@ LEFT JOIN counted AS c USING (workflow)
 LEFT JOIN (SELECT * FROM workflow_ends WHERE pos <= end_of(position)) AS e USING (workflow)
 WHERE w.workflow <= end_of(position);
 
-CREATE VIEW workflows AS FROM workflows_at(9007199254740991 >> 13);
+CREATE VIEW workflows AS FROM workflows_at(as_of());
 
 CREATE VIEW dependencies AS
 SELECT w.id AS workflow, a.name AS task, b.name AS depends_on, a.id AS task_id, b.id AS depends_on_id
 FROM task_dependencies AS d
 JOIN task_submissions AS a ON a.task = d.task
 JOIN task_submissions AS b ON b.task = d.depends_on
-JOIN workflow_submissions AS w ON w.workflow = a.workflow;
+JOIN workflow_submissions AS w ON w.workflow = a.workflow
+WHERE w.workflow <= end_of(as_of());
 
 CREATE MACRO queue_at(position) AS TABLE
 SELECT
@@ -211,7 +217,7 @@ SELECT
 FROM tasks_at(position)
 WHERE state = 'ready';
 
-CREATE VIEW queue AS FROM queue_at(9007199254740991 >> 13);
+CREATE VIEW queue AS FROM queue_at(as_of());
 
 CREATE MACRO workers_at(position) AS TABLE
 WITH latest AS (
@@ -248,7 +254,7 @@ SELECT
 FROM joined AS j
 JOIN latest AS l USING (worker);
 
-CREATE VIEW workers AS FROM workers_at(9007199254740991 >> 13);
+CREATE VIEW workers AS FROM workers_at(as_of());
 
 CREATE MACRO leaders_at(position) AS TABLE
 SELECT
@@ -262,7 +268,7 @@ SELECT
 FROM elections
 WHERE pos <= end_of(position);
 
-CREATE VIEW leaders AS FROM leaders_at(9007199254740991 >> 13);
+CREATE VIEW leaders AS FROM leaders_at(as_of());
 
 CREATE MACRO locks_at(position) AS TABLE
 WITH known AS (SELECT * FROM lock_changes WHERE pos <= end_of(position)),
@@ -292,7 +298,7 @@ FROM known AS k
 LEFT JOIN ended AS e USING (name, token)
 WHERE k.change = 'acquired';
 
-CREATE VIEW locks AS FROM locks_at(9007199254740991 >> 13);
+CREATE VIEW locks AS FROM locks_at(as_of());
 
 CREATE VIEW quarantine AS
 SELECT
@@ -307,7 +313,7 @@ SELECT
     f.data
 FROM refusals AS r
 JOIN frames AS f ON f.seq = seq_of(r.pos) + (r.pos & 8191 = 8191)::BIGINT
-WHERE r.verdict IN ('rejected', 'quarantined');
+WHERE r.verdict IN ('rejected', 'quarantined') AND r.pos <= end_of(as_of());
 
 CREATE VIEW decisions AS
 SELECT
@@ -323,4 +329,5 @@ SELECT
     e.master
 FROM decided AS d
 JOIN frames AS f USING (seq)
-LEFT JOIN elections AS e USING (epoch);
+LEFT JOIN elections AS e USING (epoch)
+WHERE d.seq <= as_of();
