@@ -16,7 +16,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from agentflow.domain import policies
 from agentflow.domain.life import State
-from agentflow.domain.policies import Room, Turn
+from agentflow.domain.policies import Room, Strategy, Turn
 from agentflow.domain.queue import Line, Rank, rank
 from agentflow.domain.state import Namespace, Result, Task, Timer
 from agentflow.events import (
@@ -62,9 +62,15 @@ class Plan(Struct, frozen=True):
         return bool(self.decisions)
 
 
-def plan(state: Namespace, now_ms: int, silences: Sequence[Silence] = ()) -> Plan:
-    """What the leader does at log time `now_ms`."""
-    draft = _Draft(state, now_ms)
+Watch = Callable[[Line, Sequence[Room], Strategy], Strategy]
+"""Told of each line that is served, with the rooms and the strategy: what it returns takes the strategy's place."""
+
+
+def plan(
+    state: Namespace, now_ms: int, silences: Sequence[Silence] = (), *, watch: Watch | None = None
+) -> Plan:
+    """What the leader does at log time `now_ms`. `watch` may look on, to explain it."""
+    draft = _Draft(state, now_ms, watch)
     if silences:
         _lose(draft, silences)
     if state.cancels:
@@ -86,11 +92,12 @@ def plan(state: Namespace, now_ms: int, silences: Sequence[Silence] = ()) -> Pla
 class _Draft:
     """A plan in the making."""
 
-    __slots__ = ("decisions", "locks", "lost", "now_ms", "state", "touched")
+    __slots__ = ("decisions", "locks", "lost", "now_ms", "state", "touched", "watch")
 
-    def __init__(self, state: Namespace, now_ms: int) -> None:
+    def __init__(self, state: Namespace, now_ms: int, watch: Watch | None) -> None:
         self.state = state
         self.now_ms = now_ms
+        self.watch = watch
         self.decisions: dict[tuple[str, str], list[Event]] = {}
         self.touched: set[str] = set()
         """Tasks that something else was decided about."""
@@ -231,9 +238,10 @@ def _candidates(draft: _Draft) -> list[tuple[Rank, _Candidate]]:
     for line in _open_lines(state):
         if line.demand.lock in draft.locks:
             continue
-        candidate = _Candidate(
-            state, line, [rooms[worker.name] for worker in line.eligible if worker.name in rooms], turn
-        )
+        fitting = [rooms[worker.name] for worker in line.eligible if worker.name in rooms]
+        candidate = _Candidate(state, line, fitting, turn)
+        if draft.watch is not None:
+            candidate.strategy = draft.watch(line, fitting, candidate.strategy)
         heap.append((candidate.rank, candidate))
     heapq.heapify(heap)
     return heap
@@ -274,7 +282,7 @@ class _Candidate:
         self.next: Task | None = first
         """None: nothing more of the line can go anywhere."""
         self.rank = rank(first, state.policy.ageing_per_s)
-        self.strategy = policies.strategy(state.policy, rooms, line, turn)
+        self.strategy: Strategy = policies.strategy(state.policy, rooms, line, turn)
         self.passed = 0
         self.terms = first.terms
         self.quick_us = state.quick_us(first)
