@@ -68,6 +68,7 @@ class Recorder:
             (at.seq * INDEXES + at.index, part) for at, part in state.parts
         ]
         self._workflows = {each.id: each.seq * INDEXES + each.index for each in state.workflows.values()}
+        self._holds = {name: dict(holds) for name, holds in state.locks.items()}
         self._changes = self._table("task_changes")
         self._submissions = self._table("task_submissions")
         self._frames = self._table("frames")
@@ -398,12 +399,27 @@ class Recorder:
                 row = ("released", *holder, None, None, None, None, None)
             case LockLost():
                 row = ("lost", *holder, None, None, None, None, event.reason or None)
-        self._table("lock_changes").append((event.name, event.token, pos, self.state.clock_ms, *row))
+        self._changed_locks(event.name, event.token, pos, row)
+
+    def _changed_locks(self, name: str, token: int, pos: int, row: Row) -> None:
+        """A row for the event itself, and one for each hold that a later holder proves to be over."""
+        now_ms, before = self.state.clock_ms, self._holds.pop(name, {})
+        holds = self.state.locks.get(name)
+        if holds:
+            self._holds[name] = dict(holds)
+        changes = self._table("lock_changes")
+        changes.extend(
+            (name, other, pos, now_ms, "lost", hold.holder or None, hold.client, *_LATER, f"{token} holds it")
+            for other, hold in before.items()
+            if other != token and (not holds or other not in holds)
+        )
+        changes.append((name, token, pos, now_ms, *row))
 
     def _table(self, name: str) -> list[Row]:
         return self._rows.setdefault(name, [])
 
 
+_LATER: Final = (None, None, None, None)
 _DETERMINISTIC: Final = msgspec.json.Encoder(order="deterministic")
 
 

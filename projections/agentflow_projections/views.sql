@@ -271,32 +271,30 @@ WHERE pos <= end_of(position);
 CREATE VIEW leaders AS FROM leaders_at(as_of());
 
 CREATE MACRO locks_at(position) AS TABLE
-WITH known AS (SELECT * FROM lock_changes WHERE pos <= end_of(position)),
-ended AS (
-    SELECT name, token, min(pos) AS pos, min_by(logged_at, pos) AS ended_at, min_by(change, pos) AS change,
-        min_by(reason, pos) AS reason
-    FROM known
-    WHERE change != 'acquired'
-    GROUP BY name, token
+WITH known AS (
+    SELECT *, lead(pos) OVER later AS end_pos, lead(logged_at) OVER later AS ended_at, lead(change) OVER later AS end_change,
+        lead(reason) OVER later AS end_reason
+    FROM lock_changes
+    WHERE pos <= end_of(position)
+    WINDOW later AS (PARTITION BY name, token ORDER BY pos)
 )
 SELECT
-    k.name,
-    k.token,
-    k.holder,
-    k.client,
-    k.mode,
-    k.permits,
-    k.ttl_s,
-    k.metadata,
-    coalesce(e.change, 'held') AS state,
-    e.reason,
-    k.logged_at AS acquired_at,
-    e.ended_at,
-    seq_of(k.pos) AS acquired_seq,
-    seq_of(e.pos) AS ended_seq
-FROM known AS k
-LEFT JOIN ended AS e USING (name, token)
-WHERE k.change = 'acquired';
+    name,
+    token,
+    holder,
+    client,
+    mode,
+    permits,
+    ttl_s,
+    metadata,
+    coalesce(end_change, 'held') AS state,
+    end_reason AS reason,
+    logged_at AS acquired_at,
+    ended_at,
+    seq_of(pos) AS acquired_seq,
+    seq_of(end_pos) AS ended_seq
+FROM known
+WHERE change = 'acquired';
 
 CREATE VIEW locks AS FROM locks_at(as_of());
 
