@@ -7,21 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import given as with_random
+from hypothesis import settings
 from hypothesis import strategies as st
 
+from agentflow.domain.fold import fold
 from agentflow.domain.life import FINAL, State
+from agentflow.domain.snapshot import restore, snapshot
 from agentflow.domain.state import Kind, Namespace
+from agentflow.frames import judge
+from agentflow.limits import LEVEL
 from agentflow.log.port import Message
 from agentflow_projections.chain import START, chained
 from agentflow_projections.database import Checkpoint, Database
 from agentflow_projections.rows import Recorder
 from tests.golden.record import SCENES, read_log
+from tests.unit import reference_fold
 from tests.unit.given import NAMESPACE, Logged, fold_all
 from tests.unit.histories import History
+from tests.unit.reference_fold import Fold
 
 SEEDS = st.integers(0, 2**32)
+Rows = dict[str, list[tuple[Any, ...]]]
 
 
 def messages_of(found: Sequence[Logged]) -> list[Message]:
@@ -93,17 +100,67 @@ def require_same_workers(database: Database, state: Namespace) -> None:
     }
 
 
+def require_as_contracted(database: Database, reference: Fold) -> None:
+    """The views as of a position say what the contract says."""
+    seq = reference["seq"]
+    assert table(database, "SELECT id, state, attempts, priority FROM tasks_at(?) ORDER BY id", seq) == [
+        (name, task["state"], task["attempt"], task["priority"])
+        for name, task in sorted(reference["tasks"].items())
+    ]
+    queue = {name for name, task in reference["tasks"].items() if task["state"] == State.READY}
+    assert {name for (name,) in table(database, "SELECT id FROM queue_at(?)", seq)} == queue
+    running = "SELECT task, worker, incarnation, attempt FROM attempts_at(?) WHERE outcome = 'running'"
+    assert set(table(database, running, seq)) == {
+        (name, task["worker"], task["incarnation"], task["attempt"])
+        for name, task in reference["tasks"].items()
+        if task["worker"]
+    }
+    flows = {name: flow["state"] for name, flow in reference["workflows"].items()}
+    assert dict(table(database, "SELECT id, state FROM workflows_at(?)", seq)) == flows
+    there = "SELECT name, incarnation, state = 'draining' FROM workers_at(?) WHERE state IN ('active', 'draining')"
+    workers = reference["workers"].items()
+    assert set(table(database, there, seq)) == {
+        (name, worker["incarnation"], worker["draining"]) for name, worker in workers
+    }
+    leader = [(reference["epoch"], reference["leader"])] if reference["epoch"] else []
+    assert table(database, "SELECT epoch, master FROM leaders_at(?) WHERE leads", seq) == leader
+    held = "SELECT name, token, mode FROM locks_at(?) WHERE state = 'held'"
+    assert sorted(table(database, held, seq)) == sorted(
+        (name, token, mode) for name, holds in reference["locks"].items() for token, mode in holds.items()
+    )
+
+
+def read_by_contract(state: Fold, message: Logged) -> None:
+    judged = judge(message.subject, message.data, message.headers)
+    reference_fold.read(state, message.seq, message.time_ns, judged)
+
+
 @pytest.mark.parametrize("name", SCENES)
 def test_at_every_position_of_recorded_logs(name: str) -> None:
     messages = read_log(name)
+    reference = reference_fold.empty()
     with Database(None, NAMESPACE) as database:
         project(database, messages_of(messages))
-        for end in range(1, len(messages) + 1):
+        for end, message in enumerate(messages, 1):
+            read_by_contract(reference, message)
             require_same(database, fold_all(messages[:end]))
+            require_as_contracted(database, reference)
 
 
 @with_random(seed=SEEDS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, deadline=None)
+def test_at_every_position_of_random_histories_it_is_what_the_contract_says(seed: int) -> None:
+    messages = History(seed).run(60)
+    reference = reference_fold.empty()
+    with Database(None, NAMESPACE) as database:
+        project(database, messages_of(messages))
+        for message in messages:
+            read_by_contract(reference, message)
+            require_as_contracted(database, reference)
+
+
+@with_random(seed=SEEDS)
+@settings(max_examples=8, deadline=None)
 def test_at_many_positions_of_random_histories(seed: int) -> None:
     messages = History(seed).run(120)
     with Database(None, NAMESPACE) as database:
@@ -113,18 +170,61 @@ def test_at_many_positions_of_random_histories(seed: int) -> None:
 
 
 @with_random(seed=SEEDS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_whatever_the_batches_the_rows_are_the_same(seed: int) -> None:
     messages = messages_of(History(seed).run(80))
     found = [rows_after(messages, batch) for batch in (1, 7, 1_000)]
     assert found[0] == found[1] == found[2]
 
 
-def rows_after(messages: Sequence[Message], batch: int) -> dict[str, list[tuple[Any, ...]]]:
+def rows_after(messages: Sequence[Message], batch: int) -> Rows:
     with Database(None, NAMESPACE) as database:
         project(database, messages, batch=batch)
-        names = [name for (name,) in table(database, "SELECT table_name FROM duckdb_tables() ORDER BY 1")]
-        return {name: table(database, f'FROM "{name}"') for name in names}
+        return rows_of(database)
+
+
+def rows_of(database: Database) -> Rows:
+    """All that is in the file but the snapshot, which says nothing of its own."""
+    query = "SELECT table_name FROM duckdb_tables() WHERE table_name != 'snapshots' ORDER BY 1"
+    return {name: table(database, f'FROM "{name}"') for (name,) in table(database, query)}
+
+
+def begun_anew(database: Database, kept: bytes | None) -> Recorder:
+    """A recorder that goes on where the file left off: from a snapshot, if there is one, and its frames."""
+    state = restore(kept, knows=LEVEL) if kept is not None else Namespace(NAMESPACE)
+    for message in database.messages(after=state.seq):
+        fold(state, message.seq, message.time_ns, judge(message.subject, message.data, message.headers))
+        state.ended.clear()
+    return Recorder(state)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["from the frames", "from a snapshot and the frames"])
+def test_a_restart_at_every_position_changes_nothing(tmp_path: Path, keep: bool) -> None:
+    messages, kept, chain = messages_of(History(11).run(60)), None, START
+    for message in messages:
+        with Database(tmp_path / "history.duckdb", NAMESPACE) as database:
+            recorder = begun_anew(database, kept)
+            recorder.apply(message)
+            chain = chained(chain, message)
+            checkpoint = Checkpoint("AF_test", 1, 1, message.seq, chain)
+            database.commit(recorder.take(), checkpoint, at_ms=recorder.state.clock_ms)
+        if keep and message.seq % 3 == 0:
+            kept = snapshot(recorder.state)
+    with Database(tmp_path / "history.duckdb", NAMESPACE) as database:
+        assert rows_of(database) == rows_after(messages, len(messages))
+
+
+@with_random(seed=SEEDS, share=st.floats(0, 1))
+@settings(max_examples=4, deadline=None)
+def test_what_is_delivered_again_leaves_no_row(seed: int, share: float) -> None:
+    messages = messages_of(History(seed).run(80))
+    recorder, again = Recorder(Namespace(NAMESPACE)), Recorder(Namespace(NAMESPACE))
+    cut = int(len(messages) * share)
+    for message in messages:
+        recorder.apply(message)
+    for message in [*messages, *messages[cut:]]:
+        again.apply(message)
+    assert again.take() == recorder.take()
 
 
 def test_every_event_has_its_verdict() -> None:
