@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 from agentflow import events, limits, wire
 from agentflow.domain import life
 from agentflow.events import KINDS, ROLES, SINCE, Reason, Role
+from agentflow_projections.query import described_here
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 _REGION: Final = re.compile(r"(<!-- from the code: ([a-z]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -216,11 +217,29 @@ def life_text() -> str:
     return f"```mermaid\n{life.mermaid()}\n```\n"
 
 
+def tables_text() -> str:
+    """Every table for people with its columns, as the database itself describes them."""
+    parts = []
+    for each in (each for each in described_here() if not each.base):
+        parts += [f"## {each.name}\n", f"{each.meaning}\n", "| column | type | |", "|---|---|---|"]
+        parts += [
+            f"| `{name}` | {_sql_type(kind)} | {_cell(meaning)} |" for name, kind, meaning in each.columns
+        ]
+        parts.append("")
+    base = [f"| `{each.name}` | {_cell(each.meaning)} |" for each in described_here() if each.base]
+    return "\n".join([*parts, "## The tables beneath\n", "| table | |", "|---|---|", *base]) + "\n"
+
+
+def _sql_type(kind: str) -> str:
+    return "one of a few words" if kind.startswith("ENUM") else kind.lower()
+
+
 RENDERERS: Final[dict[str, Callable[[], str]]] = {
     "events": events_text,
     "life": life_text,
     "limits": limits_text,
     "reasons": reasons_text,
+    "tables": tables_text,
 }
 
 

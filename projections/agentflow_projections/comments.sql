@@ -176,7 +176,6 @@ COMMENT ON COLUMN decisions.master IS 'The master that decided.';
 
 -- The tables beneath them, for who writes quicker queries.
 COMMENT ON TABLE checkpoint IS 'Up to where the file follows which log; one row.';
-COMMENT ON TABLE snapshots IS 'A state of the fold, as bytes: from here reading goes on.';
 COMMENT ON TABLE frames IS 'Every message of the log, whole.';
 COMMENT ON TABLE refusals IS 'Verdicts on events that were not applied; pos of a whole message is seq * 8192 - 1.';
 COMMENT ON TABLE decided IS 'What a leader knew at each of its messages.';

@@ -56,7 +56,10 @@ COMMANDS: Final = (
     _Entry("locks", "locks", ASK, "List the locks: who holds them, who waits, who held them."),
     _Entry("masters", "masters", ASK, "List the masters: who leads what, and how far each has read."),
     _Entry("queue", "queue", ASK, "Show what waits, how long, and what fits no worker."),
+    _Entry("why", "why", ASK, "Explain why a task waits, and why what happened to it happened."),
     _Entry("events", "events", ASK, "Show the events of the log, or follow them."),
+    _Entry("query", "query", ASK, "Ask the history in SQL, as of now or any time."),
+    _Entry("tables", "tables", ASK, "Show the tables one can ask, and what their columns mean."),
     _Entry("schema", "schema", ASK, "Print the contract: every event as JSON Schema."),
 )
 

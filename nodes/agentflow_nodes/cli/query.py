@@ -1,0 +1,210 @@
+"""`agentflow query`: any question in SQL."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import typer
+from rich.text import Text
+
+from agentflow_nodes.cli.errors import usage
+from agentflow_nodes.cli.history import Wanted, open_history, position_of
+from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
+from agentflow_nodes.cli.output import DIM, STYLES, console, encode_json, plain, say, table
+from agentflow_nodes.cli.session import client_logs, run, target
+from agentflow_projections.query import Answer, Column, Question, Row
+
+_SHOWN_MAX: Final = 1_000
+_NUMBERS: Final = ("INT", "DOUBLE", "FLOAT", "DECIMAL")
+_STATE_COLUMNS: Final = frozenset({"state", "outcome"})
+
+File = Annotated[
+    Path | None,
+    typer.Option(
+        "--file", metavar="FILE", help="Ask a history's DuckDB file instead of the log.", show_default=False
+    ),
+]
+AsOf = Annotated[
+    str,
+    typer.Option(
+        "--as-of",
+        metavar="POSITION|TIME",
+        help="Answer as of a position, or a time: 2026-11-21T17:00 (UTC), or -15m (s, m, h, d ago).",
+        show_default="now",
+    ),
+]
+AtLeast = Annotated[
+    int,
+    typer.Option(
+        "--at-least",
+        metavar="POSITION",
+        min=0,
+        help="Wait until the history reaches this position.",
+        show_default=False,
+    ),
+]
+Wait = Annotated[float, typer.Option("--wait-s", min=0, help="Seconds to wait for --at-least.")]
+
+
+def query_command(  # noqa: PLR0913, PLR0917 - options
+    sql: Annotated[
+        str, typer.Argument(metavar="SQL", help="One SELECT (or FROM, DESCRIBE, SUMMARIZE); -: from stdin.")
+    ],
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            metavar="NAME=VALUE",
+            help="A value for $NAME in the SQL; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    as_of: AsOf = "",
+    at_least: AtLeast = 0,
+    wait_s: Wait = 30.0,
+    file: File = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    parquet: Annotated[
+        Path | None,
+        typer.Option(
+            "--parquet", metavar="FILE", help="Write a Parquet file instead of printing.", show_default=False
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit", min=0, help="At most so many rows; 0: all.", show_default="1000 in a table, else all"
+        ),
+    ] = None,
+    nats: Nats = None,
+    namespace: Namespace = "default",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Ask the history in SQL.
+
+    The log is read into a DuckDB file of your own, further each time. `agentflow tables` says
+    what there is to ask. With --json each row is an object on a line of its own. A value given
+    with --param is a number, true, false or null if it looks like one, else text.
+
+    For example:
+
+        agentflow query 'SELECT state, count(*) FROM tasks GROUP BY state'
+        agentflow query 'FROM queue' --as-of -15m
+        agentflow query 'FROM attempts WHERE task = $id' --param id=release-7 --json
+    """
+    if as_json + as_csv + (parquet is not None) > 1:
+        raise usage("expected one of --json, --csv and --parquet, found several")
+    wanted = Wanted(target(nats, namespace), file, as_of, at_least, wait_s)
+    text = sys.stdin.read() if sql == "-" else sql
+    show = _shower(as_json=as_json, as_csv=as_csv, parquet=parquet, limit=limit)
+    run(_query(wanted, text, parse_parameters(parameter or []), show), logs=client_logs(debug=debug))
+
+
+Show = Callable[[Answer], None]
+
+
+async def _query(wanted: Wanted, sql: str, parameters: dict[str, Any], show: Show) -> None:
+    async with open_history(wanted) as reader:
+        question = Question(sql, parameters, position_of(wanted, reader))
+        with reader.ask(question) as answer:
+            show(answer)
+
+
+def parse_parameters(given: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE, several times, with values as JSON has them, else as text. Raises CliError."""
+    found: dict[str, Any] = {}
+    for each in given:
+        name, separator, value = each.partition("=")
+        if not name.isidentifier() or not separator:
+            raise usage(f"--param: expected NAME=VALUE, found {each!r}")
+        found[name] = _value(value)
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        value = msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
+    return value if value is None or isinstance(value, int | float | bool) else text
+
+
+def _shower(*, as_json: bool, as_csv: bool, parquet: Path | None, limit: int | None) -> Show:
+    if parquet is not None:
+        return lambda answer: _write_parquet(answer, parquet)
+    if as_json:
+        return lambda answer: print_rows(answer.columns, _first(answer, limit or 0))
+    if as_csv:
+        return lambda answer: _print_csv(answer.columns, _first(answer, limit or 0))
+    most = _SHOWN_MAX if limit is None else limit
+    return lambda answer: show_rows(answer.columns, _first(answer, most and most + 1), most)
+
+
+def _first(answer: Answer, limit: int) -> Iterable[Row]:
+    rows = itertools.chain.from_iterable(answer.rows())
+    return itertools.islice(rows, limit) if limit else rows
+
+
+def _write_parquet(answer: Answer, path: Path) -> None:
+    rows = answer.write_parquet(path)
+    say(f"{rows} rows in {path}")
+
+
+def print_rows(columns: Sequence[Column], rows: Iterable[Row]) -> None:
+    """Each row as an object, on a line of its own."""
+    names = _distinct([column.name for column in columns])
+    for row in rows:
+        sys.stdout.write(encode_json(dict(zip(names, row, strict=True))) + "\n")
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """An object has each name once; the second of two becomes `name_2`."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{number}" for number in itertools.count(2))
+        found.append(name if name not in found else next(each for each in numbered if each not in names))
+    return found
+
+
+def _print_csv(columns: Sequence[Column], rows: Iterable[Row]) -> None:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([column.name for column in columns])
+    for row in rows:
+        writer.writerow([_text(value) if value is not None else None for value in row])
+
+
+def show_rows(columns: Sequence[Column], rows: Iterable[Row], limit: int = 0) -> None:
+    """A table for people, `limit` rows long at most; 0: all."""
+    shown = table(*(plain(column.name).plain for column in columns))
+    for made, column in zip(shown.columns, columns, strict=True):
+        made.justify = "right" if column.type.endswith(_NUMBERS) or "INT" in column.type else "left"
+    count = 0
+    for count, row in enumerate(rows, 1):
+        if limit and count > limit:
+            break
+        shown.add_row(*(_cell(column, value) for column, value in zip(columns, row, strict=True)))
+    console().print(shown)
+    if limit and count > limit:
+        say(f"only the first {limit} rows are shown; --limit says how many", DIM)
+    elif not count:
+        say("no rows", DIM)
+
+
+def _cell(column: Column, value: Any) -> Text:
+    if value is None:
+        return Text("")
+    style = STYLES.get(str(value), "") if column.name in _STATE_COLUMNS else ""
+    return plain(_text(value), style)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return encode_json(value) if isinstance(value, dict | list) else str(value)
