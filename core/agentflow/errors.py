@@ -14,6 +14,7 @@
         ├── AppendUnknown      a write's fate is not known yet
         ├── StreamMismatch     the stream exists with a configuration we do not expect
         ├── LogGone            the log was deleted, recreated or went backwards
+        │   └── LogTrimmed     what is wanted was archived and trimmed away: a snapshot has it
         ├── LockTimeout        the lock was not free within the time allowed
         ├── LockLost           the lock is held no longer, though it was not released
         ├── LockNotHeld        what only a lock's holder may do was asked by somebody else
@@ -101,6 +102,10 @@ class StreamMismatch(OperatingError):
 
 class LogGone(OperatingError):
     """The log was deleted, recreated, purged under us, or went backwards."""
+
+
+class LogTrimmed(LogGone):
+    """What is wanted of the log was archived, and trimmed away since: a snapshot of the fold stands for it."""
 
 
 class LockTimeout(OperatingError):

@@ -14,7 +14,8 @@ from typing import Protocol
 import pytest
 
 from agentflow import wire
-from agentflow.errors import LogGone
+from agentflow.errors import InvalidRequest, LogGone, LogTrimmed
+from agentflow.events import ObjectRef
 from agentflow.limits import FRAME_BYTES_MAX
 from agentflow.log.port import (
     BATCH_FRAMES_MAX,
@@ -25,6 +26,8 @@ from agentflow.log.port import (
     Message,
     Reason,
     Refused,
+    Trim,
+    TrimmableLog,
 )
 
 NAMESPACE = "conformance"
@@ -36,7 +39,7 @@ ASSIGNED = wire.event(NAMESPACE, "task.assigned", "w1")
 class Logs(Protocol):
     """One namespace's log, and what only an operator (or a disaster) does to it."""
 
-    log: Log
+    log: TrimmableLog
     other: Log
     """A second handle on the same log."""
 
@@ -52,6 +55,11 @@ class Logs(Protocol):
 def frame(number: int, subject: str = SUBMITTED) -> Frame:
     """A frame like no other with another number."""
     return Frame(subject, b'{"n":%d}' % number, f"cli.n0nce.{number}")
+
+
+def trim_to(seq: int) -> Trim:
+    """A record of trimming, with a snapshot of the same position."""
+    return Trim(seq, seq, ObjectRef(name="n", size=1, sha256="n"), digest="d", chain="c", level=1)
 
 
 def refusal(appended: object) -> Reason:
@@ -278,3 +286,54 @@ class LogConformance:
         assert await logs.log.append_batch(batch, fence=fence, in_doubt_after=1) == Done(3, duplicate=True)
         never = await logs.log.append_batch([frame(5), frame(6)], fence=fence, in_doubt_after=1)
         assert refusal(never) is Reason.FENCED
+
+    async def test_what_is_trimmed_is_gone_and_who_wants_it_is_told(self, logs: Logs) -> None:
+        for number in range(1, 7):
+            await logs.log.append(frame(number, ASSIGNED if number % 2 else SUBMITTED))
+        assert await logs.log.trim(trim_to(4)) == 4
+        identity = await logs.other.identity()
+        assert (identity.first_seq, identity.last_seq, identity.trim) == (5, 6, trim_to(4))
+        assert [each.seq for each in await take(logs.other, 4, 2)] == [5, 6]
+        with pytest.raises(LogTrimmed, match=r"trimmed up to 4, 4 is wanted.*snapshot of 4"):
+            await take(logs.other, 3, 1)
+        assert [each.seq for each in await take(logs.other, 0, 1, [SUBMITTED])] == [6]
+        assert await logs.other.read(4) is None
+
+    async def test_the_last_election_and_the_generations_of_locks_stay(self, logs: Logs) -> None:
+        opened = wire.locks_opened(NAMESPACE)
+        for number, subject in enumerate((ELECTED, opened, SUBMITTED, ELECTED, opened, ASSIGNED), 1):
+            await logs.log.append(frame(number, subject))
+        assert await logs.log.trim(trim_to(6)) == 3
+        found = await logs.other.last(ELECTED)
+        assert found is not None
+        assert found.seq == 4
+        assert [each.seq for each in await take(logs.other, 0, 2, [opened])] == [2, 5]
+        # Decisions of who was elected then are still taken, and those of nobody refused.
+        assert await logs.other.append(frame(7), fence=Fence(ELECTED, 4)) == Done(7)
+        assert refusal(await logs.other.append(frame(8), fence=Fence(ELECTED, 0))) is Reason.FENCED
+        with pytest.raises(LogTrimmed):
+            await take(logs.other, 0, 1)
+        assert [each.seq for each in await take(logs.other, 6, 1)] == [7]
+
+    async def test_trimming_again_goes_on_where_it_was(self, logs: Logs) -> None:
+        for number, subject in enumerate((SUBMITTED, ELECTED, SUBMITTED, SUBMITTED, ELECTED, SUBMITTED), 1):
+            await logs.log.append(frame(number, subject))
+        assert await logs.log.trim(trim_to(3)) == 3
+        assert await logs.log.trim(trim_to(3)) == 0
+        assert await logs.log.trim(trim_to(5)) == 1
+        assert [each.seq for each in await take(logs.other, 5, 1)] == [6]
+        with pytest.raises(InvalidRequest, match="trimmed up to 5"):
+            await logs.log.trim(trim_to(4))
+
+    async def test_a_readers_log_is_trimmed_behind_it(self, logs: Logs) -> None:
+        for number in range(1, 5):
+            await logs.log.append(frame(number))
+        reading = logs.other.follow(0)
+        async with asyncio.timeout(30), aclosing(reading):  # type: ignore[type-var]
+            assert (await anext(reading))[-1].seq <= 4
+            await logs.log.append(frame(5))
+            while (await anext(reading))[-1].seq < 5:
+                pass
+            await logs.log.trim(trim_to(5))
+            await logs.log.append(frame(6))
+            assert [each.seq for each in await anext(reading)] == [6]

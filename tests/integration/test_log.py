@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 import pytest
 
 from agentflow import wire
 from agentflow.bus import Bus
-from agentflow.errors import LogGone, StreamMismatch
+from agentflow.errors import LogGone, LogTrimmed, StreamMismatch
 from agentflow.log import follow, jetstream
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.memory import Fault, MemoryLog, MemoryServer
-from agentflow.log.port import Done, Frame, Log, Message, Reason, Refused, Unknown
+from agentflow.log.port import Done, Fence, Frame, Log, Message, Reason, Refused, TrimmableLog, Unknown
 from agentflow.log.stream import log_config
 from tests.eventually import eventually
-from tests.integration.log_conformance import NAMESPACE, SUBMITTED, LogConformance, Logs, frame, refusal
+from tests.integration.log_conformance import (
+    ASSIGNED,
+    ELECTED,
+    NAMESPACE,
+    SUBMITTED,
+    LogConformance,
+    Logs,
+    frame,
+    refusal,
+    trim_to,
+)
 from tests.servers import NatsServer
 
 STREAM = wire.stream(NAMESPACE)
@@ -29,10 +40,15 @@ async def _rest_of(reading: AsyncIterator[list[Message]]) -> None:
         pass
 
 
+def _reader_of(reading: AsyncIterator[list[Message]]) -> Any:
+    """What is behind a generator that reads."""
+    return reading.ag_frame.f_locals["reader"]  # type: ignore[attr-defined]
+
+
 class MemoryLogs:
     """Two handles on a log in memory."""
 
-    def __init__(self, server: MemoryServer, log: Log, other: Log) -> None:
+    def __init__(self, server: MemoryServer, log: TrimmableLog, other: Log) -> None:
         self.log = log
         self.other = other
         self._server = server
@@ -50,7 +66,7 @@ class MemoryLogs:
 class JetStreamLogs:
     """Two handles on a log in JetStream."""
 
-    def __init__(self, bus: Bus, log: Log, other: Log) -> None:
+    def __init__(self, bus: Bus, log: TrimmableLog, other: Log) -> None:
         self.log = log
         self.other = other
         self._bus = bus
@@ -182,6 +198,69 @@ class TestJetStreamLog(LogConformance):
         await logs.purge(before=6)
         with pytest.raises(LogGone, match="was purged: it begins at 6, 4 is wanted"):
             await asyncio.wait_for(waiting, 10)
+
+    async def test_an_idle_reader_of_some_subjects_outlives_a_trim(
+        self, logs: Logs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(follow, "_CHECK_S", 0.05)
+        reading = logs.log.follow(0, subjects=[ASSIGNED])
+        await logs.log.append(frame(1, ASSIGNED))
+        assert [each.seq for each in await anext(reading)] == [1]
+        waiting = asyncio.ensure_future(anext(reading))
+        for number in range(2, 6):
+            await logs.log.append(frame(number))
+        passed = _reader_of(reading)
+        await eventually(lambda: passed._passed_seq >= 5, within_s=10)
+        await logs.log.trim(trim_to(5))
+        await eventually(lambda: passed._trimmed_seq == 5, within_s=10)
+        await logs.log.append(frame(6, ASSIGNED))
+        assert [each.seq for each in await asyncio.wait_for(waiting, 10)] == [6]
+
+    async def test_a_reader_that_fell_behind_a_trim_is_told(
+        self, logs: Logs, nats_server: NatsServer
+    ) -> None:
+        await logs.log.append(frame(1))
+        reading = logs.log.follow(0)
+        assert [each.seq for each in await anext(reading)] == [1]
+        assert isinstance(logs.log, JetStreamLog)
+        _reader_of(reading)._drop()  # whoever is slow, cut off, stopped
+        for number in range(2, 6):
+            await logs.other.append(frame(number))
+        await logs.log.trim(trim_to(3))
+        with pytest.raises(LogTrimmed, match="trimmed up to 3, 2 is wanted"):
+            await asyncio.wait_for(anext(reading), 10)
+
+    async def test_a_purge_by_somebody_else_is_told_from_a_trim(
+        self, logs: Logs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(follow, "_CHECK_S", 0.1)
+        for number in range(1, 6):
+            await logs.log.append(frame(number))
+        reading = logs.log.follow(0)
+        assert (await anext(reading))[0].seq == 1
+        waiting = asyncio.create_task(_rest_of(reading))
+        await logs.log.trim(trim_to(2))
+        await logs.purge(before=5)
+        with pytest.raises(LogGone, match="was purged: it begins at 5, 3 is wanted") as told:
+            await asyncio.wait_for(waiting, 10)
+        assert not isinstance(told.value, LogTrimmed)
+
+    async def test_a_trim_outlives_the_server(self, logs: Logs, nats_server: NatsServer, bus: Bus) -> None:
+        await logs.log.append(frame(1, ELECTED))
+        for number in range(2, 50):
+            await logs.log.append(frame(number))
+        await logs.log.trim(trim_to(40))
+        await nats_server.restart()
+        await bus.wait_connected(20)
+        identity = await logs.other.identity()
+        assert (identity.first_seq, identity.last_seq, identity.trim) == (41, 49, trim_to(40))
+        assert await logs.other.append(frame(50), fence=Fence(ELECTED, 1)) == Done(50)
+
+    async def test_a_record_of_trimming_that_cannot_be_read_is_told(self, logs: Logs, bus: Bus) -> None:
+        config = log_config(NAMESPACE, replicas=1, bytes_max=-1) | {"metadata": {"af-trim": "{}"}}
+        await bus.js_api(f"STREAM.UPDATE.{STREAM}", msgspec.json.encode(config), 5)
+        with pytest.raises(StreamMismatch, match=r"record of trimming in metadata 'af-trim', found '\{\}'"):
+            await logs.log.identity()
 
     async def test_a_write_into_a_log_that_was_made_anew_is_told(self, logs: Logs) -> None:
         for number in range(1, 4):

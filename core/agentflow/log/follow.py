@@ -21,8 +21,8 @@ from typing import Any, Final
 from agentflow.bus import Bus, Subscription
 from agentflow.connection import Headers
 from agentflow.errors import Disconnected, LogGone
-from agentflow.log.port import Message
-from agentflow.log.stream import RECOVERY, ApiFailed, StreamInfo, ask, cut_off, same_stream
+from agentflow.log.port import Identity, Message
+from agentflow.log.stream import RECOVERY, ApiFailed, StreamInfo, ask, cut_off, same_stream, trimmed_off
 from agentflow.logs import get_logger
 
 _HEARTBEAT_S: Final = 1.0
@@ -36,6 +36,7 @@ _FAILURES_MAX: Final = 2
 
 _STALLED: Final = "Nats-Consumer-Stalled"
 _LAST_CONSUMER: Final = "Nats-Last-Consumer"
+_LAST_STREAM: Final = "Nats-Last-Stream"
 
 _log = get_logger(__name__)
 
@@ -84,8 +85,14 @@ class _Reader:
         self._compacted = compacted
         self._last_seq = after
         self._started_after = after
+        self._passed_seq = after
+        """Up to where the server has looked for us: nothing of it is still to come."""
         self._first_seq = 0
         """The first message held when reading began."""
+        self._trimmed_seq = 0
+        """Up to where it was trimmed then."""
+        self._hole: LogGone | None = None
+        """What was delivered does not follow what came before; why is to be found out."""
         self._arrived: list[Message] = []
         self._gone: LogGone | None = None
         self._wake = asyncio.Event()
@@ -130,6 +137,8 @@ class _Reader:
             await self._bus.wait_connected()
             try:
                 await self._check()
+                if self._hole is not None:
+                    raise self._hole
                 await self._create(min(_API_TIMEOUT_S, 2.0**attempt))
             except (Disconnected, ApiFailed) as error:
                 _log.warning(
@@ -146,16 +155,27 @@ class _Reader:
         """Raises LogGone if this is not the log we read any more, Disconnected if nobody can say."""
         seen = self._last_seq
         found = await same_stream(self._bus, self._opened, seen, _API_TIMEOUT_S)
+        self._check_trim(found)
         purged = found.last_seq > seen and found.first_seq > seen + 1
         if purged and not self._subjects:
             raise cut_off(found, seen + 1)
         if self._compacted:
             return
-        # What lies before the place where reading began may be trimmed, once it is not needed any more.
-        needed = max(self._first_seq, self._started_after + 1)
+        # What lies before the place where reading began may be removed, it is not needed any more;
+        # and what was read, if it was written down that it would be.
+        needed = max(self._first_seq, self._started_after + 1, found.trimmed_seq + 1)
         if self._first_seq and found.first_seq > needed:
             raise cut_off(found, needed)
-        self._first_seq = found.first_seq
+        self._first_seq, self._trimmed_seq = found.first_seq, found.trimmed_seq
+
+    def _check_trim(self, found: Identity) -> None:
+        """Raises LogTrimmed if that took away what was not read yet."""
+        seen = max(self._last_seq, self._passed_seq)
+        if self._compacted or seen >= found.trimmed_seq:
+            return
+        # Who reads some subjects only may begin before the place where the log begins now.
+        if not self._subjects or (self._first_seq and found.trimmed_seq > self._trimmed_seq):
+            raise trimmed_off(found, seen + 1)
 
     async def _watch_log(self) -> None:
         """Look now and then whether the log is still there, whole: purged, it would be silent only."""
@@ -225,7 +245,8 @@ class _Reader:
             return
         if not self._subjects and seq != self._last_seq + 1:
             name = self._opened.name
-            self._end(LogGone(f"stream {name} holds {seq} but not {self._last_seq + 1}; {RECOVERY}"))
+            self._hole = LogGone(f"stream {name} holds {seq} but not {self._last_seq + 1}; {RECOVERY}")
+            self._restart(f"{seq} came after {self._last_seq}")
             return
         self._deliveries = delivery
         self._last_seq = seq
@@ -243,6 +264,8 @@ class _Reader:
         delivered = headers.get(_LAST_CONSUMER, "")
         if delivered and int(delivered) != self._deliveries:
             self._restart(f"the server sent {delivered} messages, {self._deliveries} came")
+        elif _LAST_STREAM in headers:
+            self._passed_seq = max(self._passed_seq, int(headers[_LAST_STREAM]))
 
     def _answer(self, reply: str) -> None:
         with contextlib.suppress(Disconnected):

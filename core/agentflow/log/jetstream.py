@@ -38,6 +38,7 @@ from agentflow.log.port import (
     Message,
     Reason,
     Refused,
+    Trim,
     Unknown,
 )
 from agentflow.log.publisher import NO_RESPONDERS, Ack, ApiError, Publisher, read_ack
@@ -53,6 +54,7 @@ from agentflow.log.stream import (
     stream_info,
     went_back,
 )
+from agentflow.log.trim import trim
 from agentflow.log.write import KNOWN_ID_IN_BATCH, Write, reason_of
 
 BYTES_MAX: Final = -1
@@ -144,6 +146,11 @@ class JetStreamLog:
             raise
         self._last_known = max(self._last_known, found.last_seq)
         return found
+
+    async def trim(self, to: Trim) -> int:
+        """Remove what was archived; see `agentflow.log.trim`."""
+        await self.identity()
+        return await trim(self._bus, self._namespace, to)
 
     async def append(
         self,

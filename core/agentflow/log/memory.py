@@ -31,9 +31,12 @@ from agentflow.log.port import (
     Message,
     Reason,
     Refused,
+    Trim,
     Unknown,
 )
 from agentflow.log.stored import DUPLICATE_WINDOW_S, headers_of, is_stored_as, msg_id_of, oversize
+from agentflow.log.stream import trimmed_off
+from agentflow.log.trim import check_trim
 
 _DUPLICATE_WINDOW_NS: Final = DUPLICATE_WINDOW_S * 1_000_000_000
 _EPOCH_NS: Final = 1_700_000_000_000_000_000
@@ -118,6 +121,9 @@ class MemoryStream:
         self.bytes = 0
         self._seq_by_id: dict[str, int] = {}
         self._last_by_subject: dict[str, int] = {}
+        self.trim: Trim | None = None
+        self._kept: dict[int, Message] = {}
+        """What stays of the part that was trimmed away."""
         # With the subjects they wait for. In the order in which they came: a set has another one in every process.
         self._readers: dict[asyncio.Event, tuple[str, ...]] = {}
 
@@ -129,14 +135,14 @@ class MemoryStream:
     def message(self, seq: int) -> Message | None:
         """The message at `seq`."""
         at = seq - self.first_seq
-        return self.messages[at] if 0 <= at < len(self.messages) else None
+        return self.messages[at] if 0 <= at < len(self.messages) else self._kept.get(seq)
 
     def after(self, seq: int) -> list[Message]:
         """The messages after sequence `seq`."""
         count = min(self.last_seq - seq, len(self.messages))
         latest = list(islice(reversed(self.messages), count))
         latest.reverse()
-        return latest
+        return [message for at, message in self._kept.items() if at > seq] + latest
 
     def last(self, subject: str) -> Message | None:
         """The last message on `subject`."""
@@ -178,8 +184,22 @@ class MemoryStream:
 
     def purge(self, before: int) -> None:
         """Remove all messages before sequence `before`."""
+        self._kept = {seq: message for seq, message in self._kept.items() if seq >= before}
         while self.messages and self.messages[0].seq < before:
             self.bytes -= len(self.messages.popleft().data)
+
+    def cut(self, to: Trim, namespace: str) -> int:
+        """Remove what was archived, but the last election and the generations of the bucket of locks."""
+        check_trim(self.trim, to)
+        last_election = self._last_by_subject.get(wire.elected(namespace), 0)
+        opened = wire.locks_opened(namespace)
+        gone = [message for message in self.after(0) if message.seq <= to.seq]
+        stays = [each for each in gone if each.seq == last_election or each.subject == opened]
+        self.purge(to.seq + 1)
+        self._kept = {message.seq: message for message in stays}
+        self.trim = to
+        self.wake()
+        return len(gone) - len(stays)
 
     def truncate(self, last_seq: int) -> None:
         """Lose all messages after `last_seq`, as a damaged disk does."""
@@ -243,7 +263,12 @@ class MemoryLog:
             replicas=1,
             bytes=stream.bytes,
             bytes_max=stream.bytes_max,
+            trim=stream.trim,
         )
+
+    async def trim(self, to: Trim) -> int:
+        """Remove what was archived; see `agentflow.log.trim`."""
+        return self._stream().cut(to, self._namespace)
 
     async def append(
         self,
@@ -290,6 +315,8 @@ class MemoryLog:
     ) -> AsyncGenerator[list[Message], None]:
         """Everything after sequence `after`; see the port."""
         patterns = tuple(subjects)
+        # Who reads some subjects only may begin before the place where the log begins.
+        tolerated = (await self.identity()).trimmed_seq if patterns else 0
         while True:
             stream = self._stream()
             if stream.created_ns != self._created_ns:
@@ -298,6 +325,9 @@ class MemoryLog:
                 raise LogGone(
                     f"stream {stream.name} went back: it ends at {stream.last_seq}, {after} was seen"
                 )
+            identity = await self.identity()
+            if identity.trimmed_seq > max(after, tolerated):
+                raise trimmed_off(identity, after + 1)
             if not subjects and stream.first_seq > after + 1:
                 raise LogGone(f"stream {stream.name} begins at {stream.first_seq}, {after + 1} is wanted")
             wanted = stream.after(after)

@@ -18,6 +18,8 @@ from typing import Final, Protocol, Self
 
 from msgspec import Struct
 
+from agentflow.events import ObjectRef
+
 BATCH_FRAMES_MAX: Final = 900
 """Most frames of one atomic append (the server's own limit is 1,000)."""
 
@@ -51,18 +53,46 @@ class Message(Struct, frozen=True, gc=False):
     headers: dict[str, str] | None = None
 
 
-class Identity(Struct, frozen=True, gc=False):
+class Trim(Struct, frozen=True):
+    """What was written down before the beginning of the log was removed.
+
+    It is part of the stream's own description, so that whoever learns where the log begins
+    learns in the same answer whether that is as it should be.
+    """
+
+    seq: int
+    """Everything up to this sequence is in an archive, and may be removed; 0: nothing yet."""
+    snapshot_seq: int
+    """Position of the newest snapshot of the fold, `seq` or later."""
+    snapshot: ObjectRef
+    """Where the snapshot is, in the namespace's object store."""
+    digest: str
+    """The snapshot's hash, as `agentflow.domain.snapshot.hash_of` says it."""
+    chain: str
+    """The hash chain over all messages up to the snapshot's position, in hex."""
+    level: int
+    """The contract level in force at the snapshot's position."""
+
+
+class Identity(Struct, frozen=True):
     """What makes a log this log and no other."""
 
     name: str
     created_ns: int
     first_seq: int
-    """Sequence of the first message still held; last_seq + 1 if there is none."""
+    """Sequence of the first message from which on nothing is missing; last_seq + 1 if there is none."""
     last_seq: int
     replicas: int
     bytes: int
     bytes_max: int
     """Hard limit, or -1."""
+    trim: Trim | None = None
+    """Up to where the log was trimmed, if it ever was."""
+
+    @property
+    def trimmed_seq(self) -> int:
+        """Everything up to this sequence may have been trimmed away, with our knowledge."""
+        return 0 if self.trim is None else self.trim.seq
 
 
 class Reason(enum.StrEnum):
@@ -188,6 +218,19 @@ class Log(Protocol):
         Yields whatever has arrived since the last yield, never an empty list. Survives
         lost connections and server restarts. `subjects` filters (subject patterns; none:
         all). Raises LogGone if the log was recreated, went backwards, or no longer holds
-        `after + 1` while it holds later messages (unfiltered reading only).
+        `after + 1` while it holds later messages (unfiltered reading only); LogTrimmed if that
+        is because it was trimmed. Who has read what is trimmed does not notice.
+        """
+        ...
+
+
+class TrimmableLog(Log, Protocol):
+    """A log whose beginning can be removed; only an archiver does that."""
+
+    async def trim(self, to: Trim) -> int:
+        """Write down where the log begins from now on, and remove what lies before; how many messages were.
+
+        The last election and the generations of the bucket of locks stay. May be repeated.
+        Raises InvalidRequest if it was trimmed further, or has no snapshot for what is removed.
         """
         ...

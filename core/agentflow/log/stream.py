@@ -18,9 +18,9 @@ from msgspec import Struct
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.connection import parse_headers
-from agentflow.errors import Disconnected, LogGone, OperatingError, StreamMismatch
+from agentflow.errors import Disconnected, LogGone, LogTrimmed, OperatingError, StreamMismatch
 from agentflow.limits import FRAME_BYTES_MAX
-from agentflow.log.port import Identity, Message
+from agentflow.log.port import Identity, Message, Trim
 from agentflow.log.publisher import ApiError
 from agentflow.log.stored import DUPLICATE_WINDOW_S
 
@@ -44,11 +44,13 @@ _PAUSE_S: Final = 0.2
 T = TypeVar("T")
 
 
-class _State(Struct, frozen=True, gc=False):
+class _State(Struct, frozen=True):
     messages: int = 0
     bytes: int = 0
     first_seq: int = 0
     last_seq: int = 0
+    subjects: dict[str, int] | None = None
+    """Messages by subject, of those that were asked for."""
 
 
 class _Group(Struct, frozen=True, gc=False):
@@ -58,7 +60,7 @@ class _Group(Struct, frozen=True, gc=False):
     replicas: list[dict[str, Any]] = []
 
 
-class StreamInfo(Struct, frozen=True, gc=False):
+class StreamInfo(Struct, frozen=True):
     """What the server says of a stream."""
 
     config: dict[str, Any]
@@ -68,6 +70,8 @@ class StreamInfo(Struct, frozen=True, gc=False):
     state: _State = _State()
     cluster: _Group | None = None
     """None if the server is alone."""
+    total: int = 0
+    """Subjects there are, of those that were asked for."""
 
     @property
     def led(self) -> bool:
@@ -78,15 +82,42 @@ class StreamInfo(Struct, frozen=True, gc=False):
     def identity(self) -> Identity:
         """The same in the log's words."""
         state = self.state
+        trim = read_trim(self.config)
+        first_seq = state.first_seq if state.messages else state.last_seq + 1
         return Identity(
             name=self.config["name"],
             created_ns=parse_time_ns(self.created),
-            first_seq=state.first_seq if state.messages else state.last_seq + 1,
+            # Of what was trimmed single messages stay.
+            first_seq=first_seq if trim is None else max(first_seq, trim.seq + 1),
             last_seq=state.last_seq,
             replicas=self.config["num_replicas"],
             bytes=state.bytes,
             bytes_max=self.config.get("max_bytes", -1),
+            trim=trim,
         )
+
+
+_TRIM: Final = "af-trim"
+"""The key in the stream's metadata."""
+
+
+def read_trim(config: Mapping[str, Any]) -> Trim | None:
+    """What a stream's configuration says of its trimming. Raises StreamMismatch if that cannot be read."""
+    written = (config.get("metadata") or {}).get(_TRIM)
+    if written is None:
+        return None
+    try:
+        return msgspec.json.decode(written, type=Trim)
+    except msgspec.DecodeError as error:
+        raise StreamMismatch(
+            f"stream {config['name']}: expected a record of trimming in metadata {_TRIM!r}, found {written!r}: {error}"
+        ) from error
+
+
+def with_trim(config: Mapping[str, Any], trim: Trim) -> dict[str, Any]:
+    """The configuration of a stream with another record of trimming."""
+    metadata = {**(config.get("metadata") or {}), _TRIM: msgspec.json.encode(trim).decode()}
+    return {**config, "metadata": metadata}
 
 
 class _Stored(Struct, frozen=True, gc=False):
@@ -279,6 +310,15 @@ def cut_off(found: Identity, wanted: int) -> LogGone:
     """The error of a log that lost what is wanted of its beginning."""
     return LogGone(
         f"stream {found.name} was purged: it begins at {found.first_seq}, {wanted} is wanted; {RECOVERY}"
+    )
+
+
+def trimmed_off(found: Identity, wanted: int) -> LogTrimmed:
+    """The error of who wants what was trimmed away."""
+    assert found.trim is not None, "only what was recorded is a trim"
+    return LogTrimmed(
+        f"stream {found.name} was trimmed up to {found.trim.seq}, {wanted} is wanted: read it from the archive,"
+        f" or begin with the snapshot of {found.trim.snapshot_seq}"
     )
 
 
