@@ -1,14 +1,22 @@
 """The DuckDB file of a projection: opened, checked, written and asked here and nowhere else.
 
 What is in the file can always be had from the log again, so whatever is wrong with it (cut
-off, damaged, of another release, of another log) leads to one thing: it is set aside and
-begun anew. Only a file that another process has open is left alone.
+off, damaged, of another release) leads to one thing: it is set aside and begun anew. A file
+that another process has open, or that is another namespace's, is left alone.
+
+DuckDB notices neither that its file was removed under it nor that another lies in its place:
+what is written then goes nowhere, without an error. So before each commit it is looked whether
+the file is still the one that was opened.
 
 DuckDB's own errors do not leave this file.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+import weakref
+import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -27,13 +35,23 @@ from agentflow.frames import decode_any
 from agentflow.log.port import Identity, Message
 from agentflow.logs import get_logger
 
-SCHEMA_VERSION: Final = 1
+_SCHEMA: Final = ("schema.sql", "views.sql", "comments.sql")
+_FULL: Final = ("No space left", os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
+_DAMAGED: Final = ("Corrupt", "checksum", "Failure while replaying WAL")
 
 _log = get_logger(__name__)
 
 
 class DatabaseLocked(OperatingError):
     """Another process has the file open."""
+
+
+class DatabaseFull(OperatingError):
+    """There is no room for more on the disk. What was committed before is there."""
+
+
+class DatabaseUnlinked(OperatingError):
+    """The file was removed or replaced while it was open: nothing more is written."""
 
 
 class DatabaseDamaged(OperatingError):
@@ -61,13 +79,6 @@ class Checkpoint(Struct, frozen=True, gc=False):
         return ""
 
 
-class Snapshot(Struct, frozen=True, gc=False):
-    """A state of the fold."""
-
-    seq: int
-    state: bytes
-
-
 class Database:
     """One namespace's history in a file. A context manager; entered means open and of this schema."""
 
@@ -85,33 +96,40 @@ class Database:
             "preserve_insertion_order": True,
         }
         self._connection: Any = None
+        self._cursors: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._inode = (0, 0)
+        """Device and number of the file that was opened."""
 
     def __enter__(self) -> Self:
+        """Raises DatabaseLocked, DatabaseFull, DatabaseDamaged if it cannot even be made anew."""
         try:
             self._open()
         except DatabaseDamaged as error:
-            self._set_aside(str(error))
-            self._open()
+            self.begin_anew(str(error))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._connection is not None:
-            with suppress(duckdb.Error):
-                self._connection.close()
-            self._connection = None
+        # DuckDB closes the file with the last cursor on it, and until then nobody can open it anew.
+        for each in (*self._cursors, self._connection):
+            if each is not None:
+                with suppress(duckdb.Error):
+                    each.close()
+        self._cursors.clear()
+        self._connection = None
 
     # Opening -----------------------------------------------------------------------------
 
     def _open(self) -> None:
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            _prepare_folder(self.path)
         with _errors():
             self._connection = duckdb.connect(str(self.path or ":memory:"), config=self._config)
-            self._connection.execute("SET TimeZone = 'UTC'")
         try:
+            self._execute("SET TimeZone = 'UTC'")
             self._check_schema()
+            self._inode = self._found_inode()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -123,38 +141,50 @@ class Database:
             return
         if "checkpoint" not in tables:
             raise DatabaseDamaged(f"{self.path} is a DuckDB file, but none of ours")
-        rows = self._ask("SELECT schema_version, namespace FROM checkpoint")
-        for version, namespace in rows:
-            if version != SCHEMA_VERSION:
-                raise DatabaseDamaged(
-                    f"{self.path} has schema {version}; this release writes {SCHEMA_VERSION}"
-                )
-            if namespace != self.namespace:
-                raise InvalidRequest(f"{self.path} is of namespace {namespace!r}, not {self.namespace!r}")
+        try:
+            rows = self._ask("SELECT schema_version, namespace FROM checkpoint")
+        except InvalidRequest as error:
+            raise DatabaseDamaged(f"{self.path} has another schema: {error}") from error
+        if len(rows) != 1:
+            raise DatabaseDamaged(f"{self.path} has {len(rows)} checkpoints, expected one")
+        ((version, namespace),) = rows
+        if version != schema_version():
+            raise DatabaseDamaged(
+                f"{self.path} is of another release: its schema is {version}, this release's {schema_version()}"
+            )
+        if namespace != self.namespace:
+            raise InvalidRequest(
+                f"{self.path} is of namespace {namespace!r}, expected {self.namespace!r}:"
+                " name another folder, or move the file away"
+            )
 
     def _create(self) -> None:
         with self.transaction():
-            for name in ("schema.sql", "views.sql", "comments.sql"):
+            for name in _SCHEMA:
                 self._execute(sql(name))
-
-    def _set_aside(self, why: str) -> None:
-        """Move the file out of the way, once: the one set aside before is gone then."""
-        self.__exit__(None, None, None)
-        if self.path is None:
-            raise DatabaseDamaged(why)
-        _log.warning("the projection is built anew from the log", path=str(self.path), reason=why)
-        for suffix in ("", ".wal"):
-            found = self.path.with_name(self.path.name + suffix)
-            if found.exists():
-                found.replace(found.with_name(f"{self.path.name}.damaged{suffix}"))
+            self._move_checkpoint(Checkpoint("", 0, 0, 0, b""), at_ms=0)
 
     def begin_anew(self, why: str) -> None:
-        """Forget everything: the file belongs to another log, or is wrong."""
-        if self.path is None:
-            self.__exit__(None, None, None)
-        else:
-            self._set_aside(why)
+        """Move the file out of the way and begin another: the one set aside before is gone then."""
+        self.__exit__(None, None, None)
+        if self.path is not None:
+            _log.warning("the history is built anew from the log", path=str(self.path), reason=why)
+            _set_aside(self.path)
         self._open()
+
+    def _found_inode(self) -> tuple[int, int]:
+        if self.path is None:
+            return 0, 0
+        try:
+            found = self.path.stat()
+        except FileNotFoundError:
+            return 0, 0
+        return found.st_dev, found.st_ino
+
+    def check_there(self) -> None:
+        """Raises DatabaseUnlinked if the file is not where it was opened."""
+        if self._found_inode() != self._inode:
+            raise DatabaseUnlinked(f"{self.path} was removed or replaced while it was open")
 
     # Writing -----------------------------------------------------------------------------
 
@@ -173,24 +203,24 @@ class Database:
     def commit(
         self, rows: Mapping[str, Sequence[tuple[Any, ...]]], checkpoint: Checkpoint, *, at_ms: int
     ) -> None:
-        """Add rows by table and move the checkpoint, in one transaction."""
+        """Add rows by table and move the checkpoint, in one transaction.
+
+        Raises DatabaseUnlinked, DatabaseFull, DatabaseDamaged: nothing is certain then but that
+        opened anew the file holds all of it or nothing.
+        """
+        self.check_there()
         with self.transaction():
             for table, found in rows.items():
                 self._append(table, found)
             self._execute("DELETE FROM checkpoint")
-            self._execute(
-                "INSERT INTO checkpoint VALUES (?, ?, ?, ?, ?, ?, ?, make_timestamp_ms(?))",
-                [
-                    SCHEMA_VERSION,
-                    self.namespace,
-                    checkpoint.stream,
-                    checkpoint.created_ns,
-                    checkpoint.first_seq,
-                    checkpoint.seq,
-                    checkpoint.chain,
-                    at_ms,
-                ],
-            )
+            self._move_checkpoint(checkpoint, at_ms=at_ms)
+
+    def _move_checkpoint(self, to: Checkpoint, *, at_ms: int) -> None:
+        values = [to.stream, to.created_ns, to.first_seq, to.seq, to.chain, at_ms]
+        self._execute(
+            "INSERT INTO checkpoint VALUES (?, ?, ?, ?, ?, ?, ?, make_timestamp_ms(?))",
+            [schema_version(), self.namespace, *values],
+        )
 
     def _append(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
         schema = _arrow_schemas()[table]
@@ -203,23 +233,14 @@ class Database:
             self._connection.execute(f'INSERT INTO "{table}" SELECT * FROM batch')  # noqa: S608 - our own name
             self._connection.unregister("batch")
 
-    def keep_snapshot(self, snapshot: Snapshot, digest: str) -> None:
-        """Keep a state of the fold, instead of the one before."""
-        with self.transaction():
-            self._execute("DELETE FROM snapshots")
-            self._execute("INSERT INTO snapshots VALUES (?, ?, ?)", [snapshot.seq, digest, snapshot.state])
-
     # Reading -----------------------------------------------------------------------------
 
     def checkpoint(self) -> Checkpoint | None:
         """Up to where the file is; None: it is empty."""
-        rows = self._ask("SELECT stream, created_ns, first_seq, seq, chain FROM checkpoint")
+        rows = self._ask(
+            "SELECT stream, created_ns, first_seq, seq, chain FROM checkpoint WHERE stream <> ''"
+        )
         return Checkpoint(*rows[0]) if rows else None
-
-    def snapshot(self) -> Snapshot | None:
-        """The state of the fold that was kept."""
-        rows = self._ask("SELECT seq, state FROM snapshots ORDER BY seq DESC LIMIT 1")
-        return Snapshot(*rows[0]) if rows else None
 
     def messages(self, *, after: int, batch: int = 5_000) -> Iterator[Message]:
         """The log's messages after a sequence, as the file holds them, in order."""
@@ -232,7 +253,7 @@ class Database:
             if not rows:
                 return
             for seq, time_ns, subject, data, headers in rows:
-                yield Message(seq, time_ns, subject, data, decode_any(headers) if headers else None)
+                yield Message(seq, time_ns, subject, data, _headers(headers) if headers else None)
 
     def ask(self, query: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> Any:
         """A cursor of its own that has executed a query, for reading beside the writer.
@@ -241,6 +262,7 @@ class Database:
         """
         with _errors():
             cursor = self._connection.cursor()
+            self._cursors.add(cursor)
             return cursor.execute(query, parameters)
 
     def _ask(self, query: str) -> list[tuple[Any, ...]]:
@@ -257,6 +279,14 @@ def sql(name: str) -> str:
     return resources.files(agentflow_projections).joinpath(name).read_text(encoding="utf-8")
 
 
+def _headers(text: str) -> dict[str, str]:
+    try:
+        headers: dict[str, str] = decode_any(text)
+    except ValueError as error:
+        raise DatabaseDamaged(f"headers of a frame cannot be read: {error}") from error
+    return headers
+
+
 @contextmanager
 def _errors() -> Generator[None]:
     try:
@@ -267,15 +297,54 @@ def _errors() -> Generator[None]:
 
 def _ours(error: duckdb.Error) -> Exception:
     text = str(error)
-    if isinstance(error, duckdb.IOException):
-        if "lock" in text:
-            return DatabaseLocked(f"another process has the file open: {text}")
+    if any(each in text for each in _FULL):
+        return DatabaseFull(f"there is no room on the disk: {text}")
+    if "Could not set lock" in text:
+        return DatabaseLocked(f"another process has the file open; end it, or wait until it is done: {text}")
+    if isinstance(error, _LOST) or any(each in text for each in _DAMAGED):
         return DatabaseDamaged(text)
     if isinstance(error, duckdb.ParserException | duckdb.BinderException | duckdb.CatalogException):
         return InvalidRequest(text)
-    if isinstance(error, duckdb.SerializationException | duckdb.InternalException | duckdb.FatalException):
-        return DatabaseDamaged(text)
     return OperatingError(text)
+
+
+_LOST: Final = (
+    duckdb.IOException,
+    duckdb.SerializationException,
+    duckdb.InternalException,
+    duckdb.FatalException,
+)
+"""What DuckDB says of files it cannot make sense of."""
+
+
+def _prepare_folder(path: Path) -> None:
+    """Raises OperatingError if there can be no file of ours."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise OperatingError(f"{path}: expected a file, or nothing; found a folder")
+        if not os.access(path if path.exists() else path.parent, os.R_OK | os.W_OK):
+            raise OperatingError(f"{path} cannot be read and written by this user")
+    except OSError as error:
+        raise OperatingError(f"{path} cannot be opened: {error}") from error
+
+
+def _set_aside(path: Path) -> None:
+    for suffix in ("", ".wal"):
+        found = path.with_name(path.name + suffix)
+        aside = path.with_name(f"{path.name}.damaged{suffix}")
+        try:
+            aside.unlink(missing_ok=True)
+            if found.exists():
+                found.replace(aside)
+        except OSError as error:
+            raise OperatingError(f"{found} cannot be moved out of the way: {error}") from error
+
+
+@cache
+def schema_version() -> int:
+    """Tells a file of this release from one whose tables or views are others."""
+    return zlib.crc32("".join(map(sql, _SCHEMA)).encode()) >> 1
 
 
 _ARROW_TYPES: Final = {

@@ -19,8 +19,6 @@ CREATE TABLE checkpoint (
     logged_at TIMESTAMP_MS NOT NULL
 );
 
-CREATE TABLE snapshots (seq BIGINT NOT NULL, hash VARCHAR NOT NULL, state BLOB NOT NULL);
-
 CREATE TABLE frames (
     seq BIGINT NOT NULL,
     stored_ns BIGINT NOT NULL,
