@@ -1,0 +1,78 @@
+"""What commands about the past have in common: moments, where history is read from, a bar."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from agentflow.errors import InvalidRequest
+from agentflow_nodes.cli.errors import usage
+from agentflow_nodes.cli.output import console
+from agentflow_nodes.cli.session import Target, open_log
+from agentflow_projections.past import LoggedPast, Past, Until
+
+_QUIET_S: Final = 0.5
+
+MOMENT: Final = "POSITION|TIME"
+MOMENT_HELP: Final = "a position, a time like 2026-11-21T17:00 (UTC), or -10m"
+
+NoFile = Annotated[
+    str,
+    typer.Option(
+        "--file", metavar="FILE", help="Read an exported incident instead of the log; needs no server."
+    ),
+]
+
+
+def parse_until(option: str, text: str | None) -> Until:
+    """A position or a time as people write it; None: to the end. Raises CliError."""
+    if text is None:
+        return Until()
+    if text.isdecimal():
+        return Until(seq=int(text))
+    from agentflow_projections.query import parse_when  # noqa: PLC0415 - it loads DuckDB
+
+    try:
+        found = parse_when(text, datetime.now(UTC))
+    except InvalidRequest as error:
+        raise usage(f"{option}: {error}") from error
+    return Until(seq=found) if isinstance(found, int) else Until(ms=int(found.timestamp() * 1000))
+
+
+@asynccontextmanager
+async def open_past(where: Target, file: str) -> AsyncGenerator[Past]:
+    """The namespace's history: out of a file if one is named, else as the log has it now."""
+    if file:
+        from agentflow_projections.export import ExportedPast  # noqa: PLC0415 - it loads pyarrow
+
+        yield ExportedPast.read(Path(file))
+        return
+    async with open_log(where) as log:
+        yield await LoggedPast.of(log)
+
+
+@contextmanager
+def bar(what: str) -> Generator[Callable[[int, int], None]]:
+    """A bar for people that shows up once it takes a while; yielded is what it has to be told."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+    begun = time.monotonic()
+    columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
+    shown = Progress(*columns, console=console(stderr=True), transient=True)
+    line = shown.add_task("", total=None)
+
+    def tell(done: int, total: int) -> None:
+        if time.monotonic() - begun > _QUIET_S and console(stderr=True).is_terminal:
+            shown.start()
+        shown.update(line, completed=done, total=total)
+
+    try:
+        yield tell
+    finally:
+        shown.stop()

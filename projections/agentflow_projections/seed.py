@@ -1,0 +1,172 @@
+"""Rows for what a state of the fold knows, where the log before it cannot be read.
+
+A history that begins with a snapshot has no rows for what was open then. These stand for it:
+each open task, workflow, worker and lock as it is in the state, at the position that the state
+names. What a fold does not keep (names, titles, earlier attempts) is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import msgspec
+
+from agentflow.domain.state import Namespace, Task
+from agentflow_projections.rows import INDEXES, RUNS_SHOWN_MAX, Row
+
+CAUSE: Final = "task.snapshot"
+_encode: Final = msgspec.json.Encoder(order="deterministic").encode
+
+
+def seed(state: Namespace) -> dict[str, list[Row]]:
+    """The rows, by table; tables without any are left out."""
+    tasks = list(state.tasks.values())
+    workflows = {each.id: each.seq * INDEXES + each.index for each in state.workflows.values()}
+    found: dict[str, list[Row]] = {
+        "task_submissions": [_submission(state, task, workflows) for task in tasks],
+        "task_changes": [_change(state, task) for task in tasks],
+        "task_priorities": [
+            (task.number, _pos(task), _since(state, task), task.priority)
+            for task in tasks
+            if task.priority != task.terms.priority
+        ],
+        "task_cancels": [
+            (task.number, _pos(task), _since(state, task), task.cancel)
+            for task in tasks
+            if task.cancel is not None
+        ],
+        "task_dependencies": [
+            (dependent.number, task.number)
+            for task in tasks
+            if task.node is not None
+            for dependent in task.node.dependents
+        ],
+        "workflow_submissions": [
+            (workflows[each.id], each.id, state.clock_ms, None, None, each.client, len(each.tasks))
+            for each in state.workflows.values()
+        ],
+        **_nodes(state),
+    }
+    return {table: rows for table, rows in found.items() if rows}
+
+
+def _nodes(state: Namespace) -> dict[str, list[Row]]:
+    """Workers, masters, the leader, its policy and the locks."""
+    now_ms, pos = state.clock_ms, state.elected_seq * INDEXES
+    policy = _encode(state.policy).decode()
+    return {
+        "worker_joins": [_joined(worker) for worker in state.workers.values()],
+        "worker_changes": [
+            (
+                worker.incarnation,
+                worker.incarnation * INDEXES,
+                worker.joined_ms,
+                "draining" if worker.draining else "active",
+                None,
+            )
+            for worker in state.workers.values()
+        ],
+        "elections": [(state.epoch, pos, now_ms, state.leader, state.level)] if state.epoch else [],
+        "policies": [(state.policy.version, pos, now_ms, policy)] if state.epoch else [],
+        "master_changes": [
+            (
+                each.name,
+                each.seq * INDEXES,
+                each.joined_ms,
+                "joined",
+                each.instance,
+                each.level,
+                each.host,
+                each.pid,
+            )
+            for each in state.masters.values()
+        ],
+        "lock_changes": list(_locks(state)),
+    }
+
+
+def _joined(worker: Any) -> Row:
+    return (
+        worker.incarnation,
+        worker.name,
+        worker.joined_ms,
+        worker.slots,
+        worker.ahead,
+        worker.group or None,
+        _text_of(dict(worker.labels)),
+        worker.cpu,
+        worker.memory_mb,
+        worker.gpus,
+        sorted(worker.functions),
+        worker.host or None,
+        None,
+        worker.level,
+    )
+
+
+def _locks(state: Namespace) -> Iterator[Row]:
+    pos = state.seq * INDEXES
+    for name, holdings in state.locks.items():
+        for each in holdings.values():
+            held = (each.holder or None, each.client, each.mode, each.permits, each.ttl_s)
+            yield (
+                name,
+                each.token,
+                pos,
+                each.since_ms,
+                "acquired",
+                *held,
+                _text_of(dict(each.metadata)),
+                None,
+            )
+
+
+def _submission(state: Namespace, task: Task, workflows: dict[str, int]) -> Row:
+    terms, node = task.terms, task.node
+    demand = terms.demand
+    kind = "function" if terms.function else "shell" if terms.shell else "argv"
+    runs = terms.function or terms.shell.strip()[:RUNS_SHOWN_MAX]
+    if not runs and task.payload is not None:
+        runs = task.payload.argv.decode()[:RUNS_SHOWN_MAX]
+    return (
+        task.number,
+        task.id,
+        _pos(task),
+        _since(state, task),
+        workflows[node.workflow.id] if node is not None else None,
+        node.task_id if node is not None else None,
+        None,
+        kind,
+        runs,
+        terms.client,
+        terms.priority,
+        terms.retry.max_attempts if terms.retry is not None else 1,
+        terms.timeout_s or None,
+        terms.queue_timeout_ms / 1000 or None,
+        demand.cpu or None,
+        demand.memory_mb or None,
+        demand.gpus or None,
+        demand.group or None,
+        _text_of(dict(demand.labels)),
+        demand.lock or None,
+    )
+
+
+def _change(state: Namespace, task: Task) -> Row:
+    worker = task.worker.incarnation if task.worker is not None else None
+    head = (task.number, _pos(task), _since(state, task), task.state, CAUSE, task.attempt, worker)
+    return (*head, None, None, task.error or None, None)
+
+
+def _pos(task: Task) -> int:
+    return task.seq * INDEXES + task.index
+
+
+def _since(state: Namespace, task: Task) -> int:
+    """When it became ready, as far as that is known: when it was submitted, the fold does not keep."""
+    return task.ready_ms or state.clock_ms
+
+
+def _text_of(value: dict[str, str]) -> str | None:
+    return _encode(value).decode() if value else None
