@@ -18,7 +18,8 @@ UNTIMED: Final = tuple(Path(__file__).parent / name for name in ("unit", "sim"))
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """Tests with real servers and processes measure time: they run one after the other."""
     for item in items:
-        if not any(item.path.is_relative_to(folder) for folder in UNTIMED):
+        untimed = item.get_closest_marker("untimed") is not None
+        if not untimed and not any(item.path.is_relative_to(folder) for folder in UNTIMED):
             item.add_marker(pytest.mark.xdist_group("one at a time"))
 
 
