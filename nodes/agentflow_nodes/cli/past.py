@@ -75,4 +75,5 @@ def bar(what: str) -> Generator[Callable[[int, int], None]]:
     try:
         yield tell
     finally:
-        shown.stop()
+        if shown.live.is_started:  # it would end a line that nobody began
+            shown.stop()

@@ -118,7 +118,7 @@ def _waiting(waiting: Waiting, now_ms: int) -> RenderableType:
         lines.append(Text(_ahead(waiting.ahead), style=DIM))
     if waiting.candidates:
         lines.append(_candidates(waiting.candidates))
-    return Padding(Group(*lines), (0, 0, 0, 2))
+    return Padding(Group(*lines), (0, 0, 0, 2), expand=False)
 
 
 def _ahead(ahead: Ahead) -> str:
@@ -154,7 +154,7 @@ def _moments(moments: list[Moment]) -> Iterator[RenderableType]:
         line.append_text(plain(each.text, "" if each.verdict == "applied" else DIM))
         yield line
         if each.placement is not None:
-            yield Padding(_placement(each, each.placement), (0, 0, 0, 4))
+            yield Padding(_placement(each, each.placement), (0, 0, 0, 4), expand=False)
 
 
 def _placement(each: Moment, placement: Placement) -> RenderableType:
