@@ -34,6 +34,7 @@ from agentflow.errors import InvalidRequest, OperatingError
 from agentflow.frames import decode_any
 from agentflow.log.port import Identity, Message
 from agentflow.logs import get_logger
+from agentflow_projections.columns import Columns
 
 _SCHEMA: Final = ("schema.sql", "views.sql", "comments.sql")
 _FULL: Final = ("No space left", os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
@@ -224,10 +225,8 @@ class Database:
 
     def _append(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
         schema = _arrow_schemas()[table]
-        columns = [
-            pa.array(column, field.type)
-            for field, column in zip(schema, zip(*rows, strict=True), strict=True)
-        ]
+        found = rows.columns() if isinstance(rows, Columns) else zip(*rows, strict=True)
+        columns = [pa.array(column, field.type) for field, column in zip(schema, found, strict=True)]
         with _errors():
             self._connection.register("batch", pa.Table.from_arrays(columns, schema=schema))
             self._connection.execute(f'INSERT INTO "{table}" SELECT * FROM batch')  # noqa: S608 - our own name

@@ -44,7 +44,10 @@ from agentflow.events import (
     WorkflowSubmitted,
 )
 from agentflow.frames import Judged, encode, judge
+from agentflow.limits import LEVEL_FIRST
 from agentflow.log.port import Message
+from agentflow_projections.columns import Columns, Row
+
 
 RUNS_SHOWN_MAX: Final = 200
 """Characters kept of what a task runs; its submission has all of it."""
@@ -53,7 +56,15 @@ DETAIL_SHOWN_MAX: Final = 1_000
 INDEXES: Final = 8_192
 """Positions there are in one frame: `pos` is seq * INDEXES + index."""
 
-Row = tuple[Any, ...]
+BULK_MIN: Final = 4
+"""Frames of fewer events are taken one by one: that is faster."""
+IN_BULK: Final = frozenset({TaskSubmitted.kind, TaskAssigned.kind, TaskCompleted.kind})
+"""Kinds of which an event that is applied makes one step of its own task, which no other event of the frame follows up."""
+_OWN_STEP: Final = {
+    TaskSubmitted.kind: State.READY,
+    TaskAssigned.kind: State.RUNNING,
+    TaskCompleted.kind: State.COMPLETED,
+}
 
 
 class Recorder:
@@ -61,7 +72,7 @@ class Recorder:
 
     def __init__(self, state: Namespace) -> None:
         self.state: Final = state
-        self._rows: dict[str, list[Row]] = {}
+        self._rows: dict[str, Columns] = {}
         self._kind = ""
         self._steps: list[tuple[Task, State]] = []
         self._parts: list[tuple[int, WorkflowPart]] = [
@@ -74,29 +85,127 @@ class Recorder:
         self._frames = self._table("frames")
         state.steps = self._steps
 
-    def take(self) -> dict[str, list[Row]]:
+    def take(self) -> dict[str, Columns]:
         """The rows since the last call, by table; tables without any are left out."""
-        rows = {name: list(found) for name, found in self._rows.items() if found}
-        for found in self._rows.values():
-            found.clear()
-        return rows
+        return {name: found.take() for name, found in self._rows.items() if found}
 
     @property
     def size(self) -> int:
         """Rows kept, about: changes of tasks and frames."""
         return len(self._changes) + len(self._submissions) + len(self._frames)
 
-    def apply(self, message: Message) -> list[Verdict]:
-        """Fold one message; the verdicts on its events. One that was folded before changes nothing."""
-        if message.seq <= self.state.seq:
+    def apply(self, message: Message, judged: Judged | None = None) -> Sequence[Verdict]:
+        """Fold one message; the verdicts on its events. One that was folded before changes nothing.
+
+        `judged` is what `judge` makes of it, for who had that done elsewhere.
+        """
+        state = self.state
+        if message.seq <= state.seq:
             return []
-        judged = judge(message.subject, message.data, message.headers)
+        if judged is None:
+            judged = judge(message.subject, message.data, message.headers)
         self._kind = judged.kind
         self._steps.clear()
-        verdicts = fold(self.state, message.seq, message.time_ns, judged, self._observe)
-        self._end_workflows()
+        if judged.kind in IN_BULK and judged.whole is None and judged.level == LEVEL_FIRST:
+            verdicts = fold(state, message.seq, message.time_ns, judged)
+            self._many(message.seq, judged, verdicts)
+        else:
+            verdicts = fold(state, message.seq, message.time_ns, judged, self._observe)
+        if state.ended:
+            self._end_workflows()
         self._frame(message, judged)
         return verdicts
+
+    # Many events at once -------------------------------------------------------------------
+
+    def _many(self, seq: int, judged: Judged, verdicts: Sequence[Verdict]) -> None:
+        """What a frame made of its tasks: at one go, if all its events did the same."""
+        steps, count = self._steps, len(verdicts)
+        if count < BULK_MIN or len(steps) != count or verdicts.count(APPLIED) != count:
+            self._one_by_one(seq, judged, verdicts)
+            return
+        tasks = [task for task, _ in steps]
+        match judged.kind:
+            case TaskSubmitted.kind:
+                self._many_submitted(seq, judged, tasks)
+            case TaskAssigned.kind:
+                self._many_assigned(seq, tasks)
+            case _:
+                self._many_completed(seq, judged.items, tasks)
+        steps.clear()
+
+    def _one_by_one(self, seq: int, judged: Judged, verdicts: Sequence[Verdict]) -> None:
+        """The same, event by event: each that was applied made the next step, and those that follow from it."""
+        steps = iter(list(self._steps))
+        following = next(steps, None)
+        at = At(seq, 0, self.state.server_ms, judged.actor)
+        for at.index, (item, verdict) in enumerate(zip(judged.items, verdicts, strict=True)):
+            self._steps.clear()
+            if verdict.kind is Kind.APPLIED and following is not None:
+                self._steps.append(following)
+                following = next(steps, None)
+                while following is not None and following[1] is not _OWN_STEP[judged.kind]:
+                    self._steps.append(following)
+                    following = next(steps, None)
+            self._observe(at, item, verdict)
+
+    def _many_submitted(self, seq: int, judged: Judged, tasks: Sequence[Task]) -> None:
+        items, terms, count = judged.items, tasks[0].terms, len(tasks)
+        pos = range(seq * INDEXES, seq * INDEXES + count)
+        if terms.function and all([task.terms is terms for task in tasks]):  # noqa: C419 - a list is faster
+            numbers = [task.number for task in tasks]
+            ids_ = [task.id for task in tasks]
+            titles = [event.title or None for event in items]  # type: ignore[union-attr] # all were applied
+            constant = self._submitted_alike(items[0], tasks[0], judged.actor)
+            shared = [[value] * count for value in constant]
+            self._submissions.extend_columns([numbers, ids_, pos, *shared[3:6], titles, *shared[7:]])
+        else:
+            at = At(seq, 0, self.state.server_ms, judged.actor)
+            for where, item, task in zip(pos, items, tasks, strict=True):
+                self._task_submitted(item, task, where, at)
+        self._change_many(tasks, pos, State.READY, [0] * count, None, None, None)
+
+    def _many_assigned(self, seq: int, tasks: Sequence[Task]) -> None:
+        worker = tasks[0].worker
+        assert worker is not None
+        pos = range(seq * INDEXES, seq * INDEXES + len(tasks))
+        attempts = [task.attempt for task in tasks]
+        self._change_many(tasks, pos, State.RUNNING, attempts, worker.incarnation, None, None)
+
+    def _many_completed(self, seq: int, items: Sequence[Any], tasks: Sequence[Task]) -> None:
+        pos = range(seq * INDEXES, seq * INDEXES + len(tasks))
+        attempts = [task.attempt for task in tasks]
+        begun = [event.started_at_ms or None for event in items]
+        took = [event.run_us for event in items]
+        self._change_many(tasks, pos, State.COMPLETED, attempts, items[0].incarnation, begun, took)
+
+    def _change_many(
+        self,
+        tasks: Sequence[Task],
+        pos: Sequence[int],
+        state: State,
+        attempts: Sequence[int],
+        worker: int | None,
+        begun: Sequence[int | None] | None,
+        took: Sequence[int] | None,
+    ) -> None:
+        count = len(tasks)
+        none = [None] * count
+        self._changes.extend_columns(
+            [
+                [task.number for task in tasks],
+                pos,
+                [self.state.clock_ms] * count,
+                [state] * count,
+                [self._kind] * count,
+                attempts,
+                [worker] * count,
+                none if begun is None else begun,
+                none if took is None else took,
+                none,
+                none,
+            ]
+        )
 
     # Frames ----------------------------------------------------------------------------
 
@@ -199,33 +308,37 @@ class Recorder:
         row = (task.number, pos, self.state.clock_ms, State.RUNNING, self._kind, task.attempt)
         self._changes.append((*row, event.incarnation, event.started_at_ms, None, None, None))
 
-    def _task_submitted(self, event: TaskSubmitted, task: Task, pos: int, at: At) -> None:
+    def _task_submitted(self, event: Any, task: Task, pos: int, at: At) -> None:
+        self._submissions.append(
+            (task.number, task.id, pos, *self._submitted_alike(event, task, at.actor)[3:])
+        )
+
+    def _submitted_alike(self, event: Any, task: Task, client: str) -> Row:
+        """A submission's row but for what tells the task from others of the same terms, which is None."""
         runs_kind, runs = _runs(event)
         terms = task.terms
         demand = terms.demand
-        self._submissions.append(
-            (
-                task.number,
-                task.id,
-                pos,
-                self.state.clock_ms,
-                None,
-                None,
-                event.title or None,
-                runs_kind,
-                runs,
-                at.actor,
-                task.priority,
-                terms.retry.max_attempts if terms.retry is not None else 1,
-                terms.timeout_s or None,
-                event.queue_timeout_s or None,
-                demand.cpu or None,
-                demand.memory_mb or None,
-                demand.gpus or None,
-                demand.group or None,
-                _text_of(dict(demand.labels)),
-                demand.lock or None,
-            )
+        return (
+            None,
+            None,
+            None,
+            self.state.clock_ms,
+            None,
+            None,
+            event.title or None,
+            runs_kind,
+            runs,
+            client,
+            task.priority,
+            terms.retry.max_attempts if terms.retry is not None else 1,
+            terms.timeout_s or None,
+            event.queue_timeout_s or None,
+            demand.cpu or None,
+            demand.memory_mb or None,
+            demand.gpus or None,
+            demand.group or None,
+            _text_of(dict(demand.labels)),
+            demand.lock or None,
         )
 
     def _seldom(self, event: Event, pos: int, at: At) -> None:  # noqa: C901 - it only routes
@@ -415,8 +528,11 @@ class Recorder:
         )
         changes.append((name, token, pos, now_ms, *row))
 
-    def _table(self, name: str) -> list[Row]:
-        return self._rows.setdefault(name, [])
+    def _table(self, name: str) -> Columns:
+        found = self._rows.get(name)
+        if found is None:
+            found = self._rows[name] = Columns()
+        return found
 
 
 _LATER: Final = (None, None, None, None)

@@ -13,7 +13,8 @@ from typing import Any, Final
 import msgspec
 
 from agentflow.domain.state import Namespace, Task
-from agentflow_projections.rows import INDEXES, RUNS_SHOWN_MAX, Row
+from agentflow_projections.columns import Row
+from agentflow_projections.rows import INDEXES, RUNS_SHOWN_MAX
 
 CAUSE: Final = "task.snapshot"
 _encode: Final = msgspec.json.Encoder(order="deterministic").encode
