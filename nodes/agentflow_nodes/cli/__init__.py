@@ -37,10 +37,11 @@ class _Entry(NamedTuple):
 
 
 COMMANDS: Final = (
-    _Entry("up", "up", RUN, "Start NATS, a master and workers on this machine."),
+    _Entry("up", "up", RUN, "Start NATS, a master, workers and a projector on this machine."),
     _Entry("run", "run", RUN, "Run a workflow file and show how it goes."),
     _Entry("master", "master", RUN, "Start a master: it leads the namespace, or stands by."),
     _Entry("worker", "worker", RUN, "Start a worker: it runs tasks."),
+    _Entry("projector", "projector", RUN, "Start a projector: it keeps the history in a DuckDB file."),
     _Entry("submit", "submit", CHANGE, "Hand over a task or a workflow."),
     _Entry("lock", "locks", RUN, "Run a command while holding a lock."),
     _Entry("cancel", "requests", CHANGE, "Ask for a task or workflow to be stopped."),

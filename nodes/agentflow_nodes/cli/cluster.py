@@ -1,8 +1,8 @@
-"""Everything on one machine: a NATS server, a master and workers, started and supervised.
+"""Everything on one machine: a NATS server, a master, workers and a projector, started and supervised.
 
-Master and workers are child processes. A child that dies is started again after a growing
-pause. Leaving ends them in order: workers finish what they run, then the master, then the
-server. Their logs are in the data folder.
+All but the server are child processes of ours. A child that dies is started again after a
+growing pause. Leaving ends them in order: workers finish what they run, then the master, then
+the projector, which so has their last words, then the server. Their logs are in the data folder.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ class ClusterConfig(Struct, frozen=True, kw_only=True):
     slots: int = 4
     apps: tuple[str, ...] = ()
     drain_s: float = 30.0
+    projector: bool = True
+    """Whether the history is kept in a DuckDB file."""
 
 
 class Cluster:
@@ -80,6 +82,7 @@ class Cluster:
         self._halted = asyncio.Event()
         self._workers: list[Child] = []
         self._master: Child | None = None
+        self._projector: Child | None = None
         self._keepers: list[asyncio.Task[None]] = []
         self._stack = AsyncExitStack()
 
@@ -145,7 +148,7 @@ class Cluster:
             child.kill()
 
     def _children(self) -> list[Child]:
-        return ([self._master] if self._master is not None else []) + self._workers
+        return [each for each in (self._master, self._projector, *self._workers) if each is not None]
 
     def _make_server(self) -> EmbeddedServer | EmbeddedCluster:
         folder, port = self.config.data_dir, self.config.port
@@ -161,9 +164,12 @@ class Cluster:
         assert self._server is not None
         common = ["--nats", self.url, "--namespace", config.namespace, "--supervised"]
         common += ["--replicas", str(len(self.urls))]
+        histories = ["--data", str(config.data_dir / "history")]
         self._master = self._child(
-            "master", ["master", "--log-bytes-max", str(self._server.max_store_bytes), *common]
+            "master", ["master", "--log-bytes-max", str(self._server.max_store_bytes), *histories, *common]
         )
+        if config.projector:
+            self._projector = self._child("projector", ["projector", *histories, *common])
         cores, memory_mb = os.cpu_count() or 1, psutil.virtual_memory().total // _MB
         for number in range(1, config.workers + 1):
             arguments = ["worker", *common, "--slots", str(config.slots), "--drain-s", str(config.drain_s)]
@@ -241,6 +247,8 @@ class Cluster:
         await asyncio.gather(*(worker.stop(patience_s) for worker in self._workers))
         if self._master is not None:
             await self._master.stop(_KILL_AFTER_S)
+        if self._projector is not None:
+            await self._projector.stop(_KILL_AFTER_S)
         assert self._server is not None
         if self._halt is None and self._keepers and not self._server.gone.is_set():
             with contextlib.suppress(OperatingError, CliError):

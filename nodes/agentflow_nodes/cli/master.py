@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -46,6 +47,15 @@ def master_command(  # noqa: PLR0913, PLR0917 - options
             help="Turn submissions away near this size of the log; 0: the stream's own limit.",
         ),
     ] = 0,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="Where a projector on this machine keeps its files: it starts from the state there.",
+            show_default=False,
+        ),
+    ] = None,
     replicas: Replicas = 1,
     nats: Nats = None,
     namespace: Namespaces = None,
@@ -83,6 +93,7 @@ def master_command(  # noqa: PLR0913, PLR0917 - options
         replicas=check_replicas(replicas),
         log_bytes_max=log_bytes_max,
         level=level,
+        data=data,
     )
     told = {
         "node": "master",

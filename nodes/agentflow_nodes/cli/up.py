@@ -56,14 +56,20 @@ def up_command(  # noqa: PLR0913, PLR0917 - options
         float,
         typer.Option("--drain-s", min=0.0, help="How long running tasks may go on at the end, seconds."),
     ] = 30.0,
+    projector: Annotated[
+        bool,
+        typer.Option(
+            "--projector/--no-projector", help="Keep the history in a DuckDB file, in the folder history."
+        ),
+    ] = True,
     namespace: Namespace = "default",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Start NATS, a master and workers on this machine.
+    """Start NATS, a master, workers and a projector on this machine.
 
     Ctrl-C or SIGTERM ends all in order: workers finish what they run, then the master, then
-    the server. A second Ctrl-C ends everything at once. What was acknowledged is on disk and
+    the projector and the server. A second Ctrl-C ends everything at once. What was acknowledged is on disk and
     there again at the next start. With --replicas 3 three NATS servers run on the ports from
     --port on, and the work goes on while one of them is dead; they share this machine's disk.
 
@@ -84,6 +90,7 @@ def up_command(  # noqa: PLR0913, PLR0917 - options
         slots=slots or default_slots(),
         apps=tuple(app or ()),
         drain_s=drain_s,
+        projector=projector,
     )
     run(_up(config, as_json=as_json), logs="debug" if debug else "error")
 

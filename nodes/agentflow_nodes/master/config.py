@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from msgspec import Struct
 
 from agentflow import wire
@@ -27,6 +29,8 @@ class MasterConfig(Struct, frozen=True, kw_only=True):
     replicas: int = 1
     log_bytes_max: int = 0
     """Bytes the log may take; submissions are turned away near it. 0: as the stream's own limit says."""
+    data: Path | None = None
+    """The folder where a projector keeps its files: following begins with the state kept there."""
     level: int = LEVEL
     """The highest contract level it lets be used; lowered while a cluster is changed over."""
 

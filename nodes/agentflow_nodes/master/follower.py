@@ -20,7 +20,10 @@ SLICE_S: Final = 0.02
 
 
 class Follower:
-    """Keeps a namespace's state. `on_folded` is called after each stretch with what ended in it."""
+    """Keeps a namespace's state. `on_folded` is called after each stretch with what ended in it.
+
+    It begins with the `state` given, or with nothing, and reads what the log holds after that.
+    """
 
     def __init__(
         self,
@@ -28,9 +31,10 @@ class Follower:
         on_folded: Callable[[Sequence[Ended]], None],
         *,
         level: int = LEVEL,
+        state: Namespace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.state: Final = Namespace(log.namespace, knows=level)
+        self.state: Final = state or Namespace(log.namespace, knows=level)
         self._log = log
         self._on_folded = on_folded
         self._clock = clock

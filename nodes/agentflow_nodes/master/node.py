@@ -16,7 +16,7 @@ from typing import Any, Final, Self
 
 from agentflow import wire
 from agentflow.bus import Bus
-from agentflow.domain.state import Ended
+from agentflow.domain.state import Ended, Namespace
 from agentflow.ending import end_tasks
 from agentflow.errors import LogGone, OperatingError, StreamMismatch
 from agentflow.leases.jetstream import JetStreamLeases
@@ -29,6 +29,7 @@ from agentflow_nodes.master.seat import Seat
 from agentflow_nodes.master.sessions import Sessions
 from agentflow_nodes.master.sharing import Session, handover
 from agentflow_nodes.master.telling import Services, tell
+from agentflow_projections.hydrate import hydrate
 
 _SWEEP_S: Final = 5.0
 _DISCOVER_S: Final = 2.0
@@ -122,7 +123,8 @@ class Master:
         config = self.config
         log = JetStreamLog(self.bus, namespace, replicas=config.replicas, create=create)
         await log.__aenter__()  # nothing to release: the bus is ours
-        seat = Seat(log, config, self._instance, self._sessions, partial(self._tell, namespace))
+        state = await self._kept_state(log)
+        seat = Seat(log, config, self._instance, self._sessions, partial(self._tell, namespace), state=state)
         await seat.liveness.listen(self.bus)
         services = Services(self.bus, seat.follower.state, lambda: seat.leading, lambda: seat.follower.now_ms)
         await services.listen()
@@ -130,6 +132,18 @@ class Master:
         self._start(seat.run(), namespace)
         sweep = self._start(self._sweep(namespace, seat, log), f"abandoned locks of {namespace}")
         self._beside[namespace] = (sweep.cancel, seat.liveness.close, services.close)
+
+    async def _kept_state(self, log: JetStreamLog) -> Namespace | None:
+        """The state a projector keeps on this machine, if it is of use: then only the log's tail is read."""
+        config = self.config
+        if config.data is None:
+            return None
+        identity = await log.identity()
+        state = await asyncio.to_thread(hydrate, config.data, identity, log.namespace, level=config.level)
+        if state is not None:
+            tail = identity.last_seq - state.seq
+            _log.info("begun with a kept state", namespace=log.namespace, seq=state.seq, tail=tail)
+        return state
 
     async def _wait_caught_up(self) -> None:
         caught_up = asyncio.ensure_future(self._all_caught_up())

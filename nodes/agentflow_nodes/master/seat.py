@@ -18,7 +18,7 @@ from typing import Final
 
 from agentflow import wire
 from agentflow.domain.plan import Silence
-from agentflow.domain.state import Ended
+from agentflow.domain.state import Ended, Namespace
 from agentflow.ending import end_tasks
 from agentflow.errors import LogGone, OperatingError
 from agentflow.events import Event, MasterJoined, MasterLeft
@@ -57,7 +57,7 @@ class Seat:
     `on_ended` is told, while it leads, what ended.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what it is made of
         self,
         log: Log,
         config: MasterConfig,
@@ -65,11 +65,12 @@ class Seat:
         sessions: Sessions,
         on_ended: Callable[[Sequence[Ended]], None],
         *,
+        state: Namespace | None = None,
         clock: Callable[[], float] = time.monotonic,
         new_nonce: Callable[[], str] = lambda: secrets.token_urlsafe(9),
     ) -> None:
         self.namespace: Final = log.namespace
-        self.follower: Final = Follower(log, self._on_folded, level=config.level, clock=clock)
+        self.follower: Final = Follower(log, self._on_folded, level=config.level, state=state, clock=clock)
         self.liveness: Final = Liveness(log.namespace, config.worker_ttl_s, clock)
         self.caught_up: Final = asyncio.Event()
         """Set once it has folded what the log held when it started."""
@@ -143,6 +144,7 @@ class Seat:
         standing = asyncio.create_task(self._stand(), name=f"seat {self.namespace}")
         registering = asyncio.create_task(self._keep_registered(), name=f"registration {self.namespace}")
         tasks = (following, standing, registering)
+        self._on_folded(())  # it may begin with a state
         try:
             await self._find_target()
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

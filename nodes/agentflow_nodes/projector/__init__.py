@@ -1,0 +1,1 @@
+"""The projector node: histories of namespaces in DuckDB files."""

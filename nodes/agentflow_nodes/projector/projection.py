@@ -1,0 +1,96 @@
+"""One namespace's history, kept whatever happens to its file.
+
+A file that is damaged, gone, replaced or of another release is made anew from the log; one
+that is locked, or on a disk that is full, is tried again until that is over. All of this is
+said, and none of it ends the process. Only a log that is no longer the one the file was made of
+does: which of the two is right is for people to decide.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Final
+
+from agentflow.errors import LogGone, OperatingError
+from agentflow.log.port import Log
+from agentflow.logs import get_logger
+from agentflow_nodes.projector.config import ProjectorConfig
+from agentflow_projections.database import Database, DatabaseDamaged
+from agentflow_projections.hydrate import StateFile, history_path
+from agentflow_projections.projector import Projector
+
+PAUSE_S_FIRST: Final = 0.5
+PAUSE_S_MAX: Final = 30.0
+_STABLE_S: Final = 60.0
+"""A file that was followed for so long is tried again at once after a fault."""
+
+_log = get_logger(__name__)
+
+
+class Projection:
+    """A log and its file. `run` ends only with an error: LogGone, InvalidRequest, or a bug."""
+
+    def __init__(self, log: Log, config: ProjectorConfig, *, pause_s: float = PAUSE_S_FIRST) -> None:
+        self.namespace: Final = log.namespace
+        self.path: Final = history_path(config.data, log.namespace)
+        self.opened: Final = asyncio.Event()
+        """Set while the file is open and follows the log."""
+        self.projector: Projector | None = None
+        self.database: Database | None = None
+        """For asking beside the writer, while `opened` is set."""
+        self._log = log
+        self._memory_mb = config.memory_mb
+        self._pause_s_first = pause_s
+        self._damage = ""
+
+    async def run(self) -> None:
+        """Follow for ever."""
+        loop = asyncio.get_running_loop()
+        pause_s = self._pause_s_first
+        while True:
+            begun = loop.time()
+            try:
+                await self._follow()
+            except LogGone:
+                raise
+            except OperatingError as error:
+                self._note(error)
+            if loop.time() - begun > _STABLE_S:
+                pause_s = self._pause_s_first
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, PAUSE_S_MAX)
+
+    def _note(self, error: OperatingError) -> None:
+        _log.warning(
+            "the history is not followed now",
+            namespace=self.namespace,
+            path=str(self.path),
+            kind=type(error).__name__,
+            error=str(error),
+        )
+        if isinstance(error, DatabaseDamaged):
+            self._damage = str(error)
+
+    async def _follow(self) -> None:
+        database = Database(self.path, self.namespace, memory_mb=self._memory_mb)
+        await asyncio.to_thread(database.__enter__)
+        try:
+            if self._damage:
+                await asyncio.to_thread(database.begin_anew, self._damage)
+                self._damage = ""
+            projector = Projector(self._log, database, StateFile(self.path, self.namespace))
+            try:
+                await self._run(projector, database)
+            finally:
+                self.opened.clear()
+                self.projector = self.database = None
+                await projector.close()
+        finally:
+            await asyncio.to_thread(database.__exit__, None, None, None)
+
+    async def _run(self, projector: Projector, database: Database) -> None:
+        await projector.open()
+        _log.info("following", namespace=self.namespace, path=str(self.path), seq=projector.seq)
+        self.projector, self.database = projector, database
+        self.opened.set()
+        await projector.run()
