@@ -48,7 +48,6 @@ from agentflow.limits import LEVEL_FIRST
 from agentflow.log.port import Message
 from agentflow_projections.columns import Columns, Row
 
-
 RUNS_SHOWN_MAX: Final = 200
 """Characters kept of what a task runs; its submission has all of it."""
 DETAIL_SHOWN_MAX: Final = 1_000
