@@ -26,17 +26,14 @@ from agentflow.errors import InvalidRequest, OperatingError
 from agentflow.frames import decode_any, encode, judge
 from agentflow.limits import LEVEL
 from agentflow.log.port import Message
-from agentflow_projections.chain import START, chained
-from agentflow_projections.database import Checkpoint, Database
+from agentflow_projections.database import Database
 from agentflow_projections.past import TO_THE_END, Past, Progress, Until, walk
-from agentflow_projections.rows import Recorder
-from agentflow_projections.seed import seed
+from agentflow_projections.replay import project
 
 FORM: Final = 1
 BATCH_BYTES: Final = 32 * 1024 * 1024
 """Messages are written once they are so many bytes."""
 _BATCH: Final = 5_000
-_ROWS: Final = 50_000
 _KEY: Final = b"agentflow"
 _SCHEMA: Final = pa.schema(
     [
@@ -231,31 +228,6 @@ class ExportedPast:
                             yield row | {"stored_ns": stored_ns}
         except (OSError, pa.ArrowException) as error:
             raise OperatingError(f"{self._path} cannot be read: {error}") from error
-
-
-async def project(past: Past, database: Database, *, progress: Progress | None = None) -> Namespace:
-    """Write a past into an empty database: first what its first state knows, then what follows."""
-    state = past.begin()
-    checkpoint = Checkpoint(f"past of {past.namespace}", 0, state.seq + 1, state.seq, START)
-    if state.seq:
-        database.commit(seed(state), checkpoint, at_ms=state.clock_ms)
-    recorder = Recorder(state)
-    chain = START
-
-    def apply(message: Message) -> None:
-        nonlocal chain
-        recorder.apply(message)
-        chain = chained(chain, message)
-        if recorder.size >= _ROWS:
-            commit()
-
-    def commit() -> None:
-        moved = msgspec.structs.replace(checkpoint, seq=state.seq, chain=chain)
-        database.commit(recorder.take(), moved, at_ms=state.clock_ms)
-
-    await walk(past, state, apply, progress=progress)
-    commit()
-    return state
 
 
 def as_database(path: Path) -> Database:

@@ -58,8 +58,10 @@ COMMANDS: Final = (
     _Entry("masters", "masters", ASK, "List the masters: who leads what, and how far each has read."),
     _Entry("queue", "queue", ASK, "Show what waits, how long, and what fits no worker."),
     _Entry("why", "why", ASK, "Explain why a task waits, and why what happened to it happened."),
+    _Entry("replay", "replay", ASK, "Make the state anew from the log, and compare a projection with it."),
     _Entry("events", "events", ASK, "Show the events of the log, or follow them."),
     _Entry("query", "query", ASK, "Ask the history in SQL, as of now or any time."),
+    _Entry("report", "report", ASK, "Answer a ready-made question: what waits, fails, takes long."),
     _Entry("tables", "tables", ASK, "Show the tables one can ask, and what their columns mean."),
     _Entry("schema", "schema", ASK, "Print the contract: every event as JSON Schema."),
 )
