@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +33,7 @@ ROWS_MAX: Final = 50_000
 _SHIFTS: Final = (16, 8, 0)
 _WHOLE: Final = 62
 
-Ask = Callable[[str, Mapping[str, Any]], Sequence[Sequence[Any]]]
+Ask = Callable[[str, Mapping[str, Any]], Awaitable[Sequence[Sequence[Any]]]]
 """Asks a history in SQL, with parameters; the rows of the answer."""
 
 
@@ -182,7 +182,7 @@ async def verify(
 
     Raises InvalidRequest if the two have nothing in common to be compared.
     """
-    ((first_seq, found_seq, chain),) = ask("SELECT first_seq, seq, hex(chain) FROM checkpoint", {})
+    ((first_seq, found_seq, chain),) = await ask("SELECT first_seq, seq, hex(chain) FROM checkpoint", {})
     if found_seq > past.last_seq:
         raise InvalidRequest(
             f"the projection reaches to position {found_seq}, the log only to {past.last_seq}: is it another's?"
@@ -193,7 +193,7 @@ async def verify(
         Database(Path(folder) / "replay.duckdb", past.namespace) as database,
     ):
         state = await project(past, database, until=replace(until, seq=end), progress=progress)
-        compared = compare(_asking(database), ask, low=1, high=state.seq)
+        compared = await compare(_asking(database), ask, low=1, high=state.seq)
         expected = database.checkpoint()
     whole = expected is not None and state.seq == found_seq and first_seq <= 1
     same_chain = expected.chain.hex().upper() == chain if whole and expected is not None else None
@@ -201,12 +201,16 @@ async def verify(
 
 
 def _asking(database: Database) -> Ask:
-    return lambda query, parameters: database.ask(query, parameters).fetchall()
+    async def ask(query: str, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        rows: Sequence[Sequence[Any]] = database.ask(query, parameters).fetchall()
+        return rows
+
+    return ask
 
 
-def compare(expected: Ask, found: Ask, *, low: int, high: int) -> Verified:
+async def compare(expected: Ask, found: Ask, *, low: int, high: int) -> Verified:
     """Compare two histories from one position to another."""
-    ours, theirs = (_fingerprints(each, _WHOLE, low, high) for each in (expected, found))
+    ours, theirs = [await _fingerprints(each, _WHOLE, low, high) for each in (expected, found)]
     tables = sorted({name for name, _ in ours} | {name for name, _ in theirs})
     differences = [
         Difference(
@@ -221,19 +225,19 @@ def compare(expected: Ask, found: Ask, *, low: int, high: int) -> Verified:
         seq=high,
         tables={name: rows for (name, _), (rows, _) in ours.items()},
         differences=differences,
-        differs_at=_first_difference(expected, found, low, high) if differences else None,
+        differs_at=await _first_difference(expected, found, low, high) if differences else None,
         chain=None,
     )
 
 
-def _first_difference(expected: Ask, found: Ask, low: int, high: int) -> int:
+async def _first_difference(expected: Ask, found: Ask, low: int, high: int) -> int:
     for shift in _SHIFTS:
-        ours, theirs = (_fingerprints(each, shift, low, high) for each in (expected, found))
+        ours, theirs = [await _fingerprints(each, shift, low, high) for each in (expected, found)]
         first = min(stretch for (_, stretch), _ in set(ours.items()) ^ set(theirs.items()))
         low, high = max(low, first << shift), min(high, ((first + 1) << shift) - 1)
     return low
 
 
-def _fingerprints(ask: Ask, shift: int, low: int, high: int) -> dict[tuple[str, int], tuple[int, str]]:
-    rows = ask(sql("fingerprints.sql"), {"shift": shift, "low": low, "high": high})
+async def _fingerprints(ask: Ask, shift: int, low: int, high: int) -> dict[tuple[str, int], tuple[int, str]]:
+    rows = await ask(sql("fingerprints.sql"), {"shift": shift, "low": low, "high": high})
     return {(table, stretch): (count, digest) for table, stretch, count, digest in rows}

@@ -41,7 +41,7 @@ async def projected(told: Told, tmp_path: Path) -> Path:
 async def compared(told: Told, path: Path, until: Until = Until()) -> Verified:  # noqa: B008 - it is frozen
     with Reader(path) as reader:
 
-        def ask(query: str, parameters: Any) -> list[Any]:
+        async def ask(query: str, parameters: Any) -> list[Any]:
             with reader.ask(Question(query, parameters)) as answer:
                 return [row for batch in answer.rows() for row in batch]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
@@ -15,8 +15,11 @@ from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, moment, plain, print_json, table
 from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, NoFile, bar, open_past, parse_until
 from agentflow_nodes.cli.session import Target, client_logs, run, target
-from agentflow_projections.past import Past, Until
+from agentflow_projections.past import Until
 from agentflow_projections.replay import Ask, Replayed, Verified, replay, verify
+
+if TYPE_CHECKING:
+    from agentflow_nodes.cli.history import History
 
 
 def replay_command(  # noqa: PLR0913, PLR0917 - options
@@ -86,8 +89,12 @@ def _show(replayed: Replayed) -> None:
 
 
 async def _verify(where: Target, until: Until, projection: Path | None, file: str, *, as_json: bool) -> bool:
-    async with open_past(where, file) as past:
-        verified = await _compared(where, past, until, projection)
+    from agentflow_nodes.cli.history import Wanted, open_history  # noqa: PLC0415 - it loads DuckDB
+
+    # The projection first: the log only ever reaches further.
+    async with open_history(Wanted(where, projection)) as history, open_past(where, file) as past:
+        with bar("Replaying") as tell:
+            verified = await verify(past, _asking(history), until=until, progress=tell)
     if as_json:
         print_json(msgspec.to_builtins(verified) | {"same": verified.same})
     else:
@@ -95,23 +102,14 @@ async def _verify(where: Target, until: Until, projection: Path | None, file: st
     return verified.same
 
 
-async def _compared(where: Target, past: Past, until: Until, projection: Path | None) -> Verified:
-    from agentflow_nodes.cli.history import Wanted, open_history  # noqa: PLC0415 - it loads DuckDB
-    from agentflow_projections.query import Reader  # noqa: PLC0415
-
-    def asking(reader: Reader) -> Ask:
-        return lambda query, parameters: _rows(reader, query, parameters)
-
-    async with open_history(Wanted(where, projection)) as reader:
-        with bar("Replaying") as tell:
-            return await verify(past, asking(reader), until=until, progress=tell)
-
-
-def _rows(reader: Any, query: str, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+def _asking(history: History) -> Ask:
     from agentflow_projections.query import Question  # noqa: PLC0415 - it loads DuckDB
 
-    with reader.ask(Question(query, parameters)) as answer:
-        return [row for batch in answer.rows() for row in batch]
+    async def ask(query: str, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
+        async with history.ask(Question(query, parameters)) as answer:
+            return [row async for batch in answer.rows() for row in batch]
+
+    return ask
 
 
 def _show_verified(verified: Verified) -> None:
