@@ -26,6 +26,7 @@ from agentflow.objects import (
     MemoryObjectStore,
     Objects,
     ObjectStore,
+    RemovableObjects,
     bucket_config,
 )
 from tests.eventually import eventually
@@ -64,6 +65,16 @@ class ObjectsConformance:
         refs = await asyncio.gather(*[objects.put(data) for _ in range(10)])
         assert len({ref.name for ref in refs}) == 1
         assert await objects.get(refs[0]) == data
+
+    async def test_what_was_removed_is_missing_and_the_rest_is_not(self, objects: RemovableObjects) -> None:
+        removed, kept = await objects.put(some_bytes(3 * CHUNK_BYTES)), await objects.put(b"kept")
+        await objects.remove(removed)
+        await objects.remove(removed)
+        with pytest.raises(ObjectMissing):
+            await objects.get(removed)
+        assert await objects.get(kept) == b"kept"
+        assert await objects.put(some_bytes(3 * CHUNK_BYTES)) == removed
+        assert await objects.get(removed) == some_bytes(3 * CHUNK_BYTES)
 
     async def test_an_object_never_put_is_missing(self, objects: Objects) -> None:
         await objects.put(b"something")

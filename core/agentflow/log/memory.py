@@ -178,7 +178,7 @@ class MemoryStream:
         if frame.msg_id is not None:
             self._seq_by_id[frame.msg_id] = self.last_seq
         for reader, patterns in self._readers.items():
-            if not patterns or _matches_any(patterns, frame.subject):
+            if not patterns or matches_any(patterns, frame.subject):
                 reader.set()
         return self.last_seq
 
@@ -333,7 +333,7 @@ class MemoryLog:
             wanted = stream.after(after)
             after = stream.last_seq
             if patterns:
-                wanted = [message for message in wanted if _matches_any(patterns, message.subject)]
+                wanted = [message for message in wanted if matches_any(patterns, message.subject)]
             if not wanted:
                 await stream.wait(patterns)
             else:
@@ -411,7 +411,8 @@ class MemoryLog:
 
 
 @lru_cache(maxsize=4_096)
-def _matches_any(patterns: tuple[str, ...], subject: str) -> bool:
+def matches_any(patterns: tuple[str, ...], subject: str) -> bool:
+    """Whether a subject matches one of these patterns."""
     tokens = subject.split(".")
     return any(_matches(pattern.split("."), tokens) for pattern in patterns)
 

@@ -3,7 +3,7 @@
 from agentflow.objects.bucket import BYTES_MAX, CHUNK_BYTES, bucket_config, faults
 from agentflow.objects.jetstream import ObjectStore
 from agentflow.objects.memory import MemoryObjectStore
-from agentflow.objects.port import OBJECT_BYTES_MAX, Objects
+from agentflow.objects.port import OBJECT_BYTES_MAX, Objects, RemovableObjects
 
 __all__ = [
     "BYTES_MAX",
@@ -12,6 +12,7 @@ __all__ = [
     "MemoryObjectStore",
     "ObjectStore",
     "Objects",
+    "RemovableObjects",
     "bucket_config",
     "faults",
 ]

@@ -21,7 +21,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -39,7 +39,7 @@ from agentflow.errors import (
     StreamMismatch,
 )
 from agentflow.events import ObjectRef
-from agentflow.log.stream import ApiFailed, StreamInfo, ask, get_message, stream_info
+from agentflow.log.stream import ApiFailed, StreamInfo, ask, ask_again, get_message, stream_info
 from agentflow.logs import get_logger
 from agentflow.objects.bucket import BYTES_MAX, CHUNK_BYTES, bucket_config, faults
 from agentflow.objects.meta import Meta, MetaAt, Options, digest_text
@@ -139,6 +139,21 @@ class ObjectStore:
             raise ObjectMissing(f"object {ref.name} is not there: {gone}") from gone
         await check(ref, data)
         return data
+
+    async def remove(self, ref: ObjectRef) -> None:
+        """Remove an object that nothing refers to any more; see `RemovableObjects`."""
+        try:
+            found = await self._persist(lambda: self._look(ref.name))
+        except LogGone:
+            return
+        if found.meta is None or not found.meta.holds(ref):
+            return
+        query = {"filter": wire.object_meta(self._namespace, ref.name), "seq": found.seq + 1}
+        try:
+            await ask_again(self._bus, f"STREAM.PURGE.{self._stream}", query, dict[str, Any], _API_TIMEOUT_S)
+        except ApiFailed as failed:
+            raise OperatingError(f"object {ref.name} cannot be removed: {failed}") from failed
+        self._discard(found.meta.nuid)
 
     # The bucket.
 

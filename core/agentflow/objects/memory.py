@@ -26,3 +26,7 @@ class MemoryObjectStore:
             raise ObjectMissing(f"object {ref.name} is not in memory")
         await check(ref, data)
         return data
+
+    async def remove(self, ref: ObjectRef) -> None:
+        """Remove an object; see `RemovableObjects`."""
+        self._objects.pop(ref.name, None)

@@ -33,6 +33,17 @@ class Objects(Protocol):
         ...
 
 
+class RemovableObjects(Objects, Protocol):
+    """A store that forgets what it is told to: snapshots follow each other, results do not."""
+
+    async def remove(self, ref: ObjectRef) -> None:
+        """Remove the object the reference names; harmless if it is not there.
+
+        Raises OperatingError, Disconnected.
+        """
+        ...
+
+
 async def describe(data: bytes) -> ObjectRef:
     """The reference of bytes. Raises InvalidRequest if they are too many."""
     if len(data) > OBJECT_BYTES_MAX:
