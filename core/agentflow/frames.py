@@ -105,8 +105,8 @@ _DIGITS_MAX: Final = 20
 _DETAIL_LENGTH_MAX: Final = 500
 
 
-def judge(subject: str, data: bytes, headers: Mapping[str, str] | None) -> Judged:
-    """What a message says."""
+def judge(subject: str, data: bytes, headers: Mapping[str, str] | None, *, canonical: bool = False) -> Judged:
+    """What a message says. `canonical`: `is_canonical` said so, and it need not be looked at again."""
     kind, actor, role, bad = _route(subject)
     if role is None:
         return Judged(kind, actor, role, (), bad)
@@ -124,7 +124,7 @@ def judge(subject: str, data: bytes, headers: Mapping[str, str] | None) -> Judge
     if role is Role.LEADER and decision is None and kind != "leader.elected":
         unfenced = Bad(Reason.UNFENCED, f"no valid {wire.DECISION} header")
         return Judged(kind, actor, role, (), unfenced, None, level)
-    items = _items(kind, data, level)
+    items = _items(kind, data, level, canonical=canonical)
     if isinstance(items, Bad):
         return Judged(kind, actor, role, (), items, None, level)
     return Judged(kind, actor, role, items, None, decision, level)
@@ -133,10 +133,10 @@ def judge(subject: str, data: bytes, headers: Mapping[str, str] | None) -> Judge
 _LEVELS: Final = {str(level): level for level in range(LEVEL_FIRST, LEVEL + 1)}
 
 
-def _items(kind: str, data: bytes, level: int) -> Sequence[Event | Bad] | Bad:
+def _items(kind: str, data: bytes, level: int, *, canonical: bool) -> Sequence[Event | Bad] | Bad:
     """The events of a frame, or what is wrong with each, or with all of it."""
     no_lock = level == LEVEL_FIRST and kind in _NAME_LOCKS
-    events = _canonical(kind, data)
+    events = _decoded(kind, data) if canonical else _canonical(kind, data)
     if events is None:
         return _strict(kind, data, no_lock=no_lock)
     return [_without_lock(event) for event in events] if no_lock and b'"lock"' in data else events
@@ -181,6 +181,16 @@ def _decision(header: str | None) -> Decision | None:
 
 
 # The fast way ------------------------------------------------------------------------
+
+
+def is_canonical(subject: str, data: bytes) -> bool:
+    """Whether a message holds a canonical, valid frame: `judge` may be told so, and only decodes it then."""
+    kind, _, role, _ = _route(subject)
+    return role is not None and _canonical(kind, data) is not None
+
+
+def _decoded(kind: str, data: bytes) -> list[Event]:
+    return _many(kind).decode(data) if data[0] == _ARRAY else [_one(kind).decode(data)]
 
 
 def _canonical(kind: str, data: bytes) -> list[Event] | None:
