@@ -311,7 +311,7 @@ SELECT
     f.data
 FROM refusals AS r
 JOIN frames AS f ON f.seq = seq_of(r.pos) + (r.pos & 8191 = 8191)::BIGINT
-WHERE r.verdict IN ('rejected', 'quarantined') AND r.pos <= end_of(as_of());
+WHERE r.verdict IN ('rejected', 'quarantined') AND f.seq <= as_of();
 
 CREATE VIEW decisions AS
 SELECT

@@ -5,20 +5,21 @@ from __future__ import annotations
 import csv
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
 import typer
+from msgspec import Struct
 from rich.text import Text
 
 from agentflow_nodes.cli.errors import usage
-from agentflow_nodes.cli.history import Wanted, open_history, position_of
+from agentflow_nodes.cli.history import Found, Wanted, open_history, position_of
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, STYLES, console, encode_json, plain, say, table
 from agentflow_nodes.cli.session import client_logs, run, target
-from agentflow_projections.query import Answer, Column, Question, Row
+from agentflow_projections.query import Column, Question, Row
 
 _SHOWN_MAX: Final = 1_000
 _NUMBERS: Final = ("INT", "DOUBLE", "FLOAT", "DECIMAL")
@@ -87,7 +88,7 @@ def query_command(  # noqa: PLR0913, PLR0917 - options
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Ask the history in SQL.
+    """Ask the history in SQL, as of now or any time.
 
     The log is read into a DuckDB file of your own, further each time. `agentflow tables` says
     what there is to ask. With --json each row is an object on a line of its own. A value given
@@ -103,18 +104,48 @@ def query_command(  # noqa: PLR0913, PLR0917 - options
         raise usage("expected one of --json, --csv and --parquet, found several")
     wanted = Wanted(target(nats, namespace), file, as_of, at_least, wait_s)
     text = sys.stdin.read() if sql == "-" else sql
-    show = _shower(as_json=as_json, as_csv=as_csv, parquet=parquet, limit=limit)
-    run(_query(wanted, text, parse_parameters(parameter or []), show), logs=client_logs(debug=debug))
+    shown = Shown(as_json, as_csv, parquet, limit)
+    run(_query(wanted, text, parse_parameters(parameter or []), shown), logs=client_logs(debug=debug))
 
 
-Show = Callable[[Answer], None]
+class Shown(Struct, frozen=True):
+    """How an answer is to be shown."""
+
+    as_json: bool
+    as_csv: bool
+    parquet: Path | None
+    limit: int | None
 
 
-async def _query(wanted: Wanted, sql: str, parameters: dict[str, Any], show: Show) -> None:
-    async with open_history(wanted) as reader:
-        question = Question(sql, parameters, position_of(wanted, reader))
-        with reader.ask(question) as answer:
-            show(answer)
+async def _query(wanted: Wanted, sql: str, parameters: dict[str, Any], shown: Shown) -> None:
+    async with open_history(wanted) as history:
+        question = Question(sql, parameters, await position_of(wanted, history))
+        async with history.ask(question) as answer:
+            await _show(answer, shown)
+
+
+async def _show(answer: Found, shown: Shown) -> None:
+    if shown.parquet is not None:
+        written = await answer.write_parquet(shown.parquet)
+        say(f"{written} rows in {shown.parquet}")
+    elif shown.as_json or shown.as_csv:
+        if shown.as_csv:
+            print_csv([[column.name for column in answer.columns]])
+        async for batch in _first(answer, shown.limit or 0):
+            print_rows(answer.columns, batch) if shown.as_json else print_csv(batch)
+    else:
+        most = _SHOWN_MAX if shown.limit is None else shown.limit
+        rows = [row async for batch in _first(answer, most and most + 1) for row in batch]
+        show_rows(answer.columns, rows, most)
+
+
+async def _first(answer: Found, limit: int) -> AsyncIterator[list[Row]]:
+    left = limit
+    async for batch in answer.rows():
+        yield batch[:left] if limit else batch
+        left -= len(batch)
+        if limit and left <= 0:
+            return
 
 
 def parse_parameters(given: Sequence[str]) -> dict[str, Any]:
@@ -136,27 +167,6 @@ def _value(text: str) -> Any:
     return value if value is None or isinstance(value, int | float | bool) else text
 
 
-def _shower(*, as_json: bool, as_csv: bool, parquet: Path | None, limit: int | None) -> Show:
-    if parquet is not None:
-        return lambda answer: _write_parquet(answer, parquet)
-    if as_json:
-        return lambda answer: print_rows(answer.columns, _first(answer, limit or 0))
-    if as_csv:
-        return lambda answer: _print_csv(answer.columns, _first(answer, limit or 0))
-    most = _SHOWN_MAX if limit is None else limit
-    return lambda answer: show_rows(answer.columns, _first(answer, most and most + 1), most)
-
-
-def _first(answer: Answer, limit: int) -> Iterable[Row]:
-    rows = itertools.chain.from_iterable(answer.rows())
-    return itertools.islice(rows, limit) if limit else rows
-
-
-def _write_parquet(answer: Answer, path: Path) -> None:
-    rows = answer.write_parquet(path)
-    say(f"{rows} rows in {path}")
-
-
 def print_rows(columns: Sequence[Column], rows: Iterable[Row]) -> None:
     """Each row as an object, on a line of its own."""
     names = _distinct([column.name for column in columns])
@@ -173,9 +183,9 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return found
 
 
-def _print_csv(columns: Sequence[Column], rows: Iterable[Row]) -> None:
+def print_csv(rows: Iterable[Row]) -> None:
+    """Rows as CSV; what is unknown is left empty."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow([column.name for column in columns])
     for row in rows:
         writer.writerow([_text(value) if value is not None else None for value in row])
 

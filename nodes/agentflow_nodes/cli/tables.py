@@ -18,7 +18,7 @@ def tables_command(
     base: Annotated[bool, typer.Option("--base", help="List the tables beneath them too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the tables that `agentflow query` can ask, and what their columns mean.
+    """Show the tables one can ask, and what their columns mean.
 
     For example:
 
