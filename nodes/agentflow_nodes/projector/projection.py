@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
+from agentflow.ending import end_tasks
 from agentflow.errors import LogGone, OperatingError
 from agentflow.log.port import Log
 from agentflow.logs import get_logger
@@ -23,6 +24,8 @@ PAUSE_S_FIRST: Final = 0.5
 PAUSE_S_MAX: Final = 30.0
 _STABLE_S: Final = 60.0
 """A file that was followed for so long is tried again at once after a fault."""
+
+_INTERRUPT_S: Final = 0.1
 
 _log = get_logger(__name__)
 
@@ -93,4 +96,25 @@ class Projection:
         _log.info("following", namespace=self.namespace, path=str(self.path), seq=projector.seq)
         self.projector, self.database = projector, database
         self.opened.set()
-        await projector.run()
+        checking = asyncio.create_task(self._check(database), name=f"check {self.path.name}")
+        running = asyncio.create_task(projector.run(), name=f"projector {self.namespace}")
+        try:
+            await asyncio.wait((checking, running), return_when=asyncio.FIRST_EXCEPTION)
+        finally:
+            await end_tasks(running, checking)
+        for task in (running, checking):
+            if not task.cancelled():
+                task.result()
+
+    async def _check(self, database: Database) -> None:
+        """Look once whether the file can be read whole: what was damaged long ago is not met with otherwise."""
+        cursor = database.cursor()
+        checking = asyncio.ensure_future(asyncio.to_thread(database.check_blocks, cursor))
+        try:
+            await asyncio.shield(checking)
+        except asyncio.CancelledError:
+            while not checking.done():
+                cursor.interrupt()
+                await asyncio.wait((checking,), timeout=_INTERRUPT_S)
+            checking.exception()  # it says that it was interrupted
+            raise
