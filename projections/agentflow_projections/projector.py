@@ -12,10 +12,10 @@ folds a tail and not all there is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 from msgspec.structs import replace
 
@@ -24,11 +24,12 @@ from agentflow.domain.state import Namespace
 from agentflow.ending import end_tasks
 from agentflow.errors import LogGone
 from agentflow.frames import judge
-from agentflow.log.port import Identity, Log, Message
+from agentflow.log.port import Identity, Log
 from agentflow.logs import get_logger
 from agentflow_projections.chain import START, chained
 from agentflow_projections.database import Checkpoint, Database, DatabaseDamaged
 from agentflow_projections.hydrate import Prepared, StateFile
+from agentflow_projections.pipeline import Spoken, spoken
 from agentflow_projections.rows import Recorder
 
 BATCH_ROWS_MAX: Final = 50_000
@@ -65,12 +66,13 @@ class Projector:
     """
 
     def __init__(
-        self, log: Log, database: Database, kept: StateFile | None = None, *, pace_s: float = PACE_S
+        self, log: Log, database: Database, kept: StateFile | None = None, *, pace_s: float = PACE_S, keep_events: int = KEEP_EVENTS
     ) -> None:
         self._log = log
         self._database = database
         self._kept = kept
         self._pace_s = pace_s
+        self._keep_events = keep_events
         self._recorder = Recorder(Namespace(log.namespace))
         self._checkpoint: Checkpoint | None = None
         self._chain = START
@@ -180,20 +182,19 @@ class Projector:
             self._thread.shutdown(wait=True)
 
     async def _follow(self, until: int | None) -> None:
-        following = cast("AsyncGenerator[list[Message], None]", self._log.follow(self.state.seq))
-        async with aclosing(following):
+        async with aclosing(spoken(self._log.follow(self.state.seq))) as following:
             async for messages in following:
-                await self._fold([each for each in messages if until is None or each.seq <= until])
+                await self._fold([each for each in messages if until is None or each[0].seq <= until])
                 if until is not None and self.state.seq >= until:
                     self._urgent.set()
                     return
 
-    async def _fold(self, messages: Sequence[Message]) -> None:
+    async def _fold(self, messages: Spoken) -> None:
         loop = asyncio.get_running_loop()
         await self._free.wait()
         pause_at = loop.time() + _SLICE_S
-        for message in messages:
-            self._since_kept += len(self._recorder.apply(message))
+        for message, judged in messages:
+            self._since_kept += len(self._recorder.apply(message, judged))
             self._chain = chained(self._chain, message)
             self._piled.set()
             if self._recorder.size >= BATCH_ROWS_MAX:
@@ -215,7 +216,7 @@ class Projector:
             if not await _within(self._piled, KEEP_IDLE_S) and self._since_kept < KEEP_IDLE_EVENTS:
                 await self._piled.wait()
             begun = loop.time()
-            await self._commit(keep=self._since_kept >= (KEEP_EVENTS if self._piled.is_set() else 1))
+            await self._commit(keep=self._since_kept >= (self._keep_events if self._piled.is_set() else 1))
             if progress is not None:
                 progress(self.seq)
             await _within(self._urgent, self._pace_s - (loop.time() - begun))
