@@ -5,6 +5,7 @@ Nothing else in the project composes or parses one.
     af.<namespace>.<entity>.<event>.<actor>     events, kept in stream AF_<namespace>
     afq.<namespace>.<service>                   requests answered by the leader or a master
     afq.<namespace>.heartbeat.<worker>          a worker's sign of life, not kept
+    afq.<namespace>.folds                       hashes of folds, compared by all who fold, not kept
     afn.<namespace>.<client>.<token>            notices to one client, not kept
 
 `actor` is who speaks. For what is addressed to somebody (`task.assigned`, `task.stop`)
@@ -118,6 +119,11 @@ def service(namespace: str, name: str) -> str:
 def heartbeat(namespace: str, worker: str) -> str:
     """Where a worker says that it lives ("*" listens to all)."""
     return f"afq.{namespace}.heartbeat.{worker}"
+
+
+def folds(namespace: str) -> str:
+    """Where those who fold the log tell each other the hashes of their states."""
+    return f"afq.{namespace}.folds"
 
 
 def lock_bucket(namespace: str) -> str:

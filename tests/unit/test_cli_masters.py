@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from agentflow.domain.digest import Difference
 from agentflow.log.port import Identity
 from agentflow_nodes.cli.masters import Election, Living, Overview, Served, document, tables
 from agentflow_nodes.cli.namespaces import named
@@ -52,6 +53,19 @@ def test_each_master_in_each_namespace() -> None:
     assert ["shop", "b", "catching", "up", "2", "40", "60", "(1.5", "s)"] in lines
 
 
+def test_a_fold_that_differs() -> None:
+    seat = SeatReport(Standing.FOLLOWER, 1, 7, differs=Difference("b", 4_096, 2_048))
+    found = Overview([living("a", mail=seat)], {"mail": TWO.namespaces["mail"]})
+    assert ["its", "fold", "differs", "from", "b's", "at", "4096,", "the", "same", "at", "2048"] in shown(
+        found
+    )
+    assert document(found)["masters"][0]["seats"][0]["differs"] == {
+        "other": "b",
+        "seq": 4_096,
+        "agreed_seq": 2_048,
+    }
+
+
 def test_a_namespace_without_a_leader() -> None:
     lines = shown(TWO)
     assert ["mail", "nobody", "leads", "1", "1", "7", "last", "a,", "9.0", "s", "ago"] in lines
@@ -75,6 +89,7 @@ def test_as_json() -> None:
             "lag": 0,
             "lag_ms": 0,
             "successor": None,
+            "differs": None,
         },
         {
             "namespace": "shop",
@@ -84,6 +99,7 @@ def test_as_json() -> None:
             "lag": 60,
             "lag_ms": 1_500,
             "successor": None,
+            "differs": None,
         },
     ]
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from agentflow import wire
 from agentflow.bus import Bus
+from agentflow.domain.digest import Difference
 from agentflow.errors import LogGone
 from agentflow.events import LeaderElected
 from agentflow.frames import judge
@@ -281,6 +282,13 @@ def _add_seat(made: Table, namespace: str, session: Session, served: Served, now
         _ago(election, now_ms) if election is not None and elected else "",
         plain(seat.successor),
     )
+    if seat.differs is not None:
+        made.add_row("", "", Text(_differs(seat.differs), style="red"))
+
+
+def _differs(difference: Difference) -> str:
+    agreed = f", the same at {difference.agreed_seq}" if difference.agreed_seq else ""
+    return f"its fold differs from {difference.other}'s at {difference.seq}{agreed}"
 
 
 def _lag(seat: SeatReport, name: str, served: Served) -> str:
@@ -331,6 +339,7 @@ def _master_document(living: Living, found: Overview) -> dict[str, Any]:
                 "lag": max(0, found.namespaces[namespace].identity.last_seq - seat.seq),
                 "lag_ms": found.namespaces[namespace].lag_ms.get(session.name, 0),
                 "successor": seat.successor or None,
+                "differs": msgspec.to_builtins(seat.differs),
             }
             for namespace, seat in sorted(session.seats.items())
             if namespace in found.namespaces

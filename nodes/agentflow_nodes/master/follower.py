@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from agentflow import wire
+from agentflow.domain.digest import Digests
 from agentflow.domain.fold import fold
 from agentflow.domain.state import Ended, Namespace
 from agentflow.frames import Judged, judge
@@ -35,6 +36,7 @@ class Follower:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state: Final = state or Namespace(log.namespace, knows=level)
+        self.digests: Final = Digests(self.state)
         self._log = log
         self._on_folded = on_folded
         self._clock = clock
@@ -73,6 +75,7 @@ class Follower:
         pause_at = self._clock() + SLICE_S
         for message in messages:
             fold(state, message.seq, message.time_ns, self._judge(message))
+            self.digests.folded()
             if self._clock() >= pause_at:
                 self._tell()
                 await asyncio.sleep(0)

@@ -14,6 +14,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
+from msgspec.structs import replace
+
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.domain.state import Ended, Namespace
@@ -25,6 +27,7 @@ from agentflow.log.stream import stream_names
 from agentflow.logs import get_logger
 from agentflow_nodes.master.abandoned import Abandoned
 from agentflow_nodes.master.config import MasterConfig
+from agentflow_nodes.master.hashes import FoldHashes
 from agentflow_nodes.master.seat import Seat
 from agentflow_nodes.master.sessions import Sessions
 from agentflow_nodes.master.sharing import Session, handover
@@ -61,6 +64,7 @@ class Master:
         self._stack = AsyncExitStack()
         self._leaving = False
         self._unfit: set[str] = set()
+        self._hashes: dict[str, FoldHashes] = {}
         self._beside: dict[str, tuple[Callable[[], object], ...]] = {}
         """What ends what goes on beside each seat."""
 
@@ -128,10 +132,14 @@ class Master:
         await seat.liveness.listen(self.bus)
         services = Services(self.bus, seat.follower.state, lambda: seat.leading, lambda: seat.follower.now_ms)
         await services.listen()
+        digests = seat.follower.digests
+        hashes = FoldHashes(self.bus, namespace, config.name, self._instance, digests, seat.caught_up.is_set)
+        await hashes.listen()
+        self._hashes[namespace] = hashes
         self.seats[namespace] = seat
         self._start(seat.run(), namespace)
         sweep = self._start(self._sweep(namespace, seat, log), f"abandoned locks of {namespace}")
-        self._beside[namespace] = (sweep.cancel, seat.liveness.close, services.close)
+        self._beside[namespace] = (sweep.cancel, seat.liveness.close, services.close, hashes.close)
 
     async def _kept_state(self, log: JetStreamLog) -> Namespace | None:
         """The state a projector keeps on this machine, if it is of use: then only the log's tail is read."""
@@ -208,7 +216,7 @@ class Master:
             started_ms=self._started_ms,
             # Who leaves is asked for nothing any more.
             seats={
-                namespace: seat.report()
+                namespace: replace(seat.report(), differs=self._hashes[namespace].difference)
                 for namespace, seat in self.seats.items()
                 if seat.leading or not self._leaving
             },

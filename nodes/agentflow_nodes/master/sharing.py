@@ -17,6 +17,8 @@ from zlib import crc32
 
 from msgspec import Struct
 
+from agentflow.domain.digest import Difference
+
 
 class Standing(enum.StrEnum):
     """What a master is in a namespace."""
@@ -42,6 +44,8 @@ class SeatReport(Struct, frozen=True, omit_defaults=True):
     """Up to which it has folded."""
     successor: str = ""
     """To whom it hands the namespace over."""
+    differs: Difference | None = None
+    """A fold of the same log that came to something else than its own."""
 
 
 class Session(Struct, frozen=True, omit_defaults=True):
