@@ -101,3 +101,7 @@ mutants *arguments:
 # Change a cluster over to the next contract level while it works; the last line is one JSON object
 bench-rolling *arguments:
     python -m tests.bench.rolling "$@"
+
+# Kill a projector under load again and again, then compare every row with a projection made in one go
+projector-kills kills="100":
+    AGENTFLOW_PROJECTOR_KILLS={{ kills }} pytest -q tests/acceptance/test_projector.py -k again_and_again

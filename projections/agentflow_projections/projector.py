@@ -66,7 +66,13 @@ class Projector:
     """
 
     def __init__(
-        self, log: Log, database: Database, kept: StateFile | None = None, *, pace_s: float = PACE_S, keep_events: int = KEEP_EVENTS
+        self,
+        log: Log,
+        database: Database,
+        kept: StateFile | None = None,
+        *,
+        pace_s: float = PACE_S,
+        keep_events: int = KEEP_EVENTS,
     ) -> None:
         self._log = log
         self._database = database

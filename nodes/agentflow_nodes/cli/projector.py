@@ -35,6 +35,12 @@ def projector_command(  # noqa: PLR0913, PLR0917 - options
     memory_mb: Annotated[
         int, typer.Option("--memory-mb", min=128, help="What DuckDB may take for one file, MiB.")
     ] = 1_024,
+    keep_events: Annotated[
+        int,
+        typer.Option(
+            "--keep-events", min=1, help="After so many events keep the state anew, for who starts next."
+        ),
+    ] = 200_000,
     replicas: Replicas = 1,
     nats: Nats = None,
     namespace: Namespaces = None,
@@ -66,6 +72,7 @@ def projector_command(  # noqa: PLR0913, PLR0917 - options
         data=data,
         replicas=check_replicas(replicas),
         memory_mb=memory_mb,
+        keep_events=keep_events,
     )
     told = {
         "node": "projector",

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from agentflow import wire
 from agentflow.errors import InvalidRequest
+from agentflow_projections.projector import KEEP_EVENTS
 
 
 class ProjectorConfig(Struct, frozen=True, kw_only=True):
@@ -21,6 +22,8 @@ class ProjectorConfig(Struct, frozen=True, kw_only=True):
     """Follow also every namespace that has a log, as they come."""
     name: str = "projector"
     replicas: int = 1
+    keep_events: int = KEEP_EVENTS
+    """After so many events the state of the fold is kept anew."""
     memory_mb: int = 1_024
     """What DuckDB may take for one file."""
 

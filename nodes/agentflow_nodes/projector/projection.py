@@ -42,7 +42,7 @@ class Projection:
         self.database: Database | None = None
         """For asking beside the writer, while `opened` is set."""
         self._log = log
-        self._memory_mb = config.memory_mb
+        self._config = config
         self._pause_s_first = pause_s
         self._damage = ""
 
@@ -75,13 +75,14 @@ class Projection:
             self._damage = str(error)
 
     async def _follow(self) -> None:
-        database = Database(self.path, self.namespace, memory_mb=self._memory_mb)
+        database = Database(self.path, self.namespace, memory_mb=self._config.memory_mb)
         await asyncio.to_thread(database.__enter__)
         try:
             if self._damage:
                 await asyncio.to_thread(database.begin_anew, self._damage)
                 self._damage = ""
-            projector = Projector(self._log, database, StateFile(self.path, self.namespace))
+            kept = StateFile(self.path, self.namespace)
+            projector = Projector(self._log, database, kept, keep_events=self._config.keep_events)
             try:
                 await self._run(projector, database)
             finally:
