@@ -17,6 +17,7 @@ from agentflow.log.memory import matches_any
 from agentflow.log.port import Appended, Fence, Frame, Identity, Log, Message
 from agentflow.log.stored import msg_id_of
 from agentflow_projections.archive import Archive, Stretch, read_messages
+from agentflow_projections.chain import START, chained
 
 
 class ArchivedLog:
@@ -169,7 +170,8 @@ async def check_seam(stretches: Sequence[Stretch], log: Log) -> None:
             f"{where}, but stream {found.name} was trimmed up to {found.trimmed_seq} by another archive"
         )
     if found.first_seq <= end.last_seq:
-        if await log.read(end.last_seq) != _last_message(end):
+        live = await log.read(end.last_seq)
+        if live is None or chained(START, live) != chained(START, _last_message(end)):
             raise LogGone(
                 f"{where} with another message than stream {found.name} holds there: it is another log"
             )

@@ -166,7 +166,7 @@ async def test_interrupted_at_any_point_nothing_is_lost(world: World, point: str
     class Interrupted(BaseException):
         """Not an error anybody handles."""
 
-    for stop_at in range(1, 5):
+    for stop_at in (1, 3):
         seen = 0
 
         def interrupt(reached: str, stop_at: int = stop_at) -> None:
