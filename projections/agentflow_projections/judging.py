@@ -14,11 +14,13 @@ from typing import BinaryIO
 import msgspec
 
 from agentflow.frames import is_canonical
-from agentflow_projections.pipeline import LENGTH
+from agentflow_projections.pipeline import LENGTH, UP
 
 
 def answer(asked: BinaryIO, answers: BinaryIO) -> None:
     """Answer chunk after chunk until there are no more."""
+    answers.write(UP)
+    answers.flush()
     decoder = msgspec.msgpack.Decoder(list[tuple[str, bytes]])
     while len(head := asked.read(LENGTH.size)) == LENGTH.size:
         messages = decoder.decode(asked.read(*LENGTH.unpack(head)))

@@ -35,6 +35,10 @@ ANSWER_S_MAX: Final = 10.0
 LINGER_S: Final = 5.0
 """The second process ends when nobody was behind for so long."""
 
+READS: Final = 4
+"""Turns of the event loop after a large chunk."""
+UP: Final = b"judging\n"
+"""What the second process says first."""
 LENGTH: Final = struct.Struct("<I")
 """What a chunk, and the answer to it, begins with: how many bytes follow."""
 
@@ -57,6 +61,7 @@ async def spoken(
     try:
         while (chunk := await queue.get()) is not None:
             yield _judged(chunk.messages, await second.heard(chunk.answer))
+            await _let_others_read(queue, chunk.size)
         await reading
     finally:
         reading.cancel()
@@ -71,6 +76,20 @@ class _Chunk(Struct):
     messages: Sequence[Message]
     answer: asyncio.Future[bytes] | None
     """For each message 1 if it is canonical; None: nobody was asked."""
+    size: int
+    """Bytes of data."""
+
+
+async def _let_others_read(queue: asyncio.Queue[_Chunk | None], size: int) -> None:
+    """After a large chunk, which took long, let what has arrived meanwhile be read before the next one.
+
+    In one turn the event loop reads a few hundred KiB at most, however much there is: without
+    this, who takes chunks would wait for the log with the log at the door.
+    """
+    for _ in range(READS if size > CHUNK_BYTES // 8 else 0):
+        if queue.full():
+            return
+        await asyncio.sleep(0)
 
 
 def _judged(messages: Sequence[Message], canonical: bytes) -> Spoken:
@@ -100,24 +119,25 @@ async def _read_ahead(
     now, behind_at = asyncio.get_running_loop().time, 0.0
     async with aclosing(cast("AsyncGenerator[list[Message], None]", following)) as lists:
         async for messages in lists:
-            for each in _chunks(messages):
+            for each, size in _chunks(messages):
                 if queue.full():
                     behind_at = now()
                     await second.begin()
                 elif second.begun and now() > behind_at + LINGER_S:
                     await second.end()
-                await queue.put(_Chunk(each, await second.ask(each)))
+                await queue.put(_Chunk(each, await second.ask(each), size))
 
 
-def _chunks(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+def _chunks(messages: Sequence[Message]) -> Iterator[tuple[Sequence[Message], int]]:
+    """Parts of a list, with how many bytes each holds."""
     start = size = 0
     for end, message in enumerate(messages, 1):
         size += len(message.data)
         if size >= CHUNK_BYTES:
-            yield messages[start:end]
+            yield messages[start:end], size
             start, size = end, 0
     if start < len(messages):
-        yield messages[start:]
+        yield messages[start:], size
 
 
 class _Second:
@@ -127,6 +147,8 @@ class _Second:
         self._process: asyncio.subprocess.Process | None = None
         self._listening: asyncio.Task[None] | None = None
         self._asked: deque[asyncio.Future[bytes]] = deque()
+        self._is_up = False
+        """It has said so; until then nobody waits for it."""
 
     @property
     def begun(self) -> bool:
@@ -134,7 +156,7 @@ class _Second:
         return self._process is not None
 
     async def begin(self) -> None:
-        """Start it, if it is not there. It answers once it is up; who is asked before waits."""
+        """Start it, if it is not there."""
         if self._process is not None:
             return
         try:
@@ -154,7 +176,7 @@ class _Second:
 
     async def ask(self, messages: Sequence[Message]) -> asyncio.Future[bytes] | None:
         """Hand messages over; its answer will say of each whether it is canonical, or be empty."""
-        if self._process is None or self._listening is None or self._listening.done():
+        if self._process is None or not self._is_up:
             return None
         assert self._process.stdin is not None
         data = _encode([(each.subject, each.data) for each in messages])
@@ -169,6 +191,8 @@ class _Second:
 
     async def _listen(self, stdout: asyncio.StreamReader) -> None:
         try:
+            await stdout.readexactly(len(UP))
+            self._is_up = True
             while True:
                 (length,) = LENGTH.unpack(await stdout.readexactly(LENGTH.size))
                 found = await stdout.readexactly(length)
@@ -193,7 +217,8 @@ class _Second:
         self._give_up()
 
     def _give_up(self) -> None:
-        """Whoever waits for an answer gets none."""
+        """Whoever waits for an answer gets none, and nobody asks any more."""
+        self._is_up = False
         while self._asked:
             self._settle(self._asked.popleft(), b"")
 
@@ -203,7 +228,7 @@ class _Second:
 
     async def end(self) -> None:
         """Let it end, after it has answered. Harmless twice."""
-        process, self._process = self._process, None
+        process, self._process, self._is_up = self._process, None, False
         if process is None or self._listening is None:
             return
         assert process.stdin is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
 import psutil
 import pytest
@@ -28,6 +28,28 @@ async def in_lists(messages: Sequence[Message], size: int = 5) -> AsyncGenerator
         yield list(messages[start : start + size])
 
 
+class Noted:
+    """What `judge` is told of each message, and a log that goes on until the second process has said enough."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.canonical: list[bool] = []
+        self.given: list[Message] = []
+        monkeypatch.setattr("agentflow_projections.pipeline.judge", self.judge)
+
+    def judge(
+        self, subject: str, data: bytes, headers: Mapping[str, str] | None, *, canonical: bool = False
+    ) -> Judged:
+        self.canonical.append(canonical)
+        return judge(subject, data, headers, canonical=canonical)
+
+    async def log(self, enough: Callable[[], bool]) -> AsyncGenerator[list[Message], None]:
+        async with asyncio.timeout(30):
+            while not enough():
+                async for some in in_lists(some_messages()):
+                    self.given += some
+                    yield some
+
+
 def as_here(messages: Sequence[Message]) -> Spoken:
     return [(each, judge(each.subject, each.data, each.headers)) for each in messages]
 
@@ -42,33 +64,26 @@ def judging() -> list[psutil.Process]:
     return [each for each in psutil.Process().children() if "agentflow_projections.judging" in each.cmdline()]
 
 
-async def test_with_and_without_a_second_process_the_verdicts_are_the_same() -> None:
-    messages = some_messages()
+async def test_with_and_without_a_second_process_the_verdicts_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noted = Noted(monkeypatch)
     found: Spoken = []
     processes: set[int] = set()
-    async for some in spoken(in_lists(messages), ahead_max=1):
+    async for some in spoken(noted.log(lambda: sum(noted.canonical) > 500), ahead_max=1):
         found += some
         processes.update(each.pid for each in judging())
-    assert found == as_here(messages)
+    assert found == as_here(noted.given)
     assert len(processes) == 1
     assert not judging()
 
 
 async def test_what_it_found_canonical_is_only_decoded_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    only_decoded: list[bool] = []
-
-    def noting(
-        subject: str, data: bytes, headers: Mapping[str, str] | None, *, canonical: bool = False
-    ) -> Judged:
-        only_decoded.append(canonical)
-        return judge(subject, data, headers, canonical=canonical)
-
-    monkeypatch.setattr("agentflow_projections.pipeline.judge", noting)
-    messages = some_messages()
-    await read_into([], in_lists(messages))
-    expected = [is_canonical(each.subject, each.data) for each in messages]
-    asked = only_decoded.index(True)
-    assert only_decoded[asked:] == expected[asked:]
+    noted = Noted(monkeypatch)
+    await read_into([], noted.log(lambda: sum(noted.canonical) > 500))
+    asked = noted.canonical.index(True)
+    expected = [is_canonical(each.subject, each.data) for each in noted.given]
+    assert noted.canonical[asked:] == expected[asked:]
     assert not all(expected[asked:])
 
 
@@ -86,17 +101,21 @@ async def test_a_second_process_that_is_gone_or_silent_costs_nothing_but_time(
     wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agentflow_projections.pipeline.ANSWER_S_MAX", 0.2)
-    messages = some_messages()
+    noted = Noted(monkeypatch)
     found: Spoken = []
-    hit = 0
-    async for some in spoken(in_lists(messages), ahead_max=2):
+    hit_after = 0
+
+    def enough() -> bool:
+        return hit_after > 0 and len(noted.canonical) > hit_after + 2_000
+
+    async for some in spoken(noted.log(enough), ahead_max=2):
         found += some
-        if not hit:
-            for each in judging():
-                getattr(each, wanted)()
-                hit += 1
-    assert hit == 1
-    assert found == as_here(messages)
+        if not hit_after and any(noted.canonical):
+            (second,) = judging()
+            getattr(second, wanted)()
+            hit_after = len(noted.canonical)
+    assert found == as_here(noted.given)
+    assert not any(noted.canonical[-1_000:])
     assert not judging()
 
 
