@@ -38,7 +38,8 @@ from agentflow.log.port import Identity, Message
 from agentflow.logs import get_logger
 from agentflow_projections.columns import Columns
 
-_SCHEMA: Final = ("schema.sql", "views.sql", "comments.sql")
+HISTORY: Final = ("schema.sql", "views.sql", "comments.sql")
+"""The SQL that makes a namespace's history."""
 _FULL: Final = ("No space left", os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
 _DAMAGED: Final = ("Corrupt", "checksum", "Failure while replaying WAL")
 
@@ -86,9 +87,17 @@ class Database:
     """One namespace's history in a file. A context manager; entered means open and of this schema."""
 
     def __init__(
-        self, path: Path | None, namespace: str, *, threads: int = 1, memory_mb: int = 1_024
+        self,
+        path: Path | None,
+        namespace: str,
+        *,
+        schema: tuple[str, ...] = HISTORY,
+        threads: int = 1,
+        memory_mb: int = 1_024,
     ) -> None:
         self.path: Final = path
+        self._schema = schema
+        self._version = schema_version(schema)
         self.namespace: Final = namespace
         self._config: Final[dict[str, Any]] = {
             "threads": threads,
@@ -153,9 +162,9 @@ class Database:
         if len(rows) != 1:
             raise DatabaseDamaged(f"{self.path} has {len(rows)} checkpoints, expected one")
         ((version, namespace),) = rows
-        if version != schema_version():
+        if version != self._version:
             raise DatabaseDamaged(
-                f"{self.path} is of another release: its schema is {version}, this release's {schema_version()}"
+                f"{self.path} is of another release: its schema is {version}, this release's {self._version}"
             )
         if namespace != self.namespace:
             raise InvalidRequest(
@@ -165,7 +174,7 @@ class Database:
 
     def _create(self) -> None:
         with self.transaction():
-            for name in _SCHEMA:
+            for name in self._schema:
                 self._execute(sql(name))
             self._move_checkpoint(Checkpoint("", 0, 0, 0, b""), at_ms=0)
 
@@ -241,11 +250,11 @@ class Database:
         values = [to.stream, to.created_ns, to.first_seq, to.seq, to.chain, at_ms]
         self._execute(
             "INSERT INTO checkpoint VALUES (?, ?, ?, ?, ?, ?, ?, make_timestamp_ms(?))",
-            [schema_version(), self.namespace, *values],
+            [self._version, self.namespace, *values],
         )
 
     def _append(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        schema = _arrow_schemas()[table]
+        schema = _arrow_schemas(self._schema[0])[table]
         found = rows.columns() if isinstance(rows, Columns) else zip(*rows, strict=True)
         columns = [pa.array(column, field.type) for field, column in zip(schema, found, strict=True)]
         with _errors():
@@ -285,6 +294,13 @@ class Database:
             tables = cursor.execute("SELECT table_name FROM duckdb_tables() ORDER BY 1").fetchall()
             for (name,) in tables:
                 cursor.execute(f'SELECT bit_xor(hash(t)) FROM "{name}" t').fetchall()  # noqa: S608 - our own name
+
+    def change(self, script: str, parameters: Sequence[Any]) -> None:
+        """Run a file of statements, all with the same parameters, in one transaction."""
+        self.check_there()
+        with self.transaction():
+            for statement in filter(str.strip, sql(script).split(";\n")):
+                self._execute(statement, parameters)
 
     def cursor(self) -> Any:
         """A connection of its own to the same file; closed with it."""
@@ -386,9 +402,9 @@ def _set_aside(path: Path) -> None:
 
 
 @cache
-def schema_version() -> int:
+def schema_version(schema: tuple[str, ...] = HISTORY) -> int:
     """Tells a file of this release from one whose tables or views are others."""
-    return zlib.crc32("".join(map(sql, _SCHEMA)).encode()) >> 1
+    return zlib.crc32("".join(map(sql, schema)).encode()) >> 1
 
 
 _ARROW_TYPES: Final = {
@@ -403,10 +419,10 @@ _ARROW_TYPES: Final = {
 
 
 @cache
-def _arrow_schemas() -> dict[str, Any]:
-    """The tables' columns as Arrow has them; an enumeration comes as text."""
+def _arrow_schemas(tables: str = HISTORY[0]) -> dict[str, Any]:
+    """The columns of the tables of an SQL file as Arrow has them; an enumeration comes as text."""
     with duckdb.connect() as connection:
-        connection.execute(sql("schema.sql"))
+        connection.execute(sql(tables))
         found = connection.execute(
             "SELECT table_name, column_name, data_type FROM duckdb_columns() ORDER BY table_name, column_index"
         ).fetchall()

@@ -179,6 +179,8 @@ class Cluster:
                 "--memory-mb",
                 str(memory_mb // config.workers),
             ]
+            if config.projector:
+                arguments += histories
             arguments += [word for app in config.apps for word in ("--app", app)]
             self._workers.append(self._child(f"worker-{number}", arguments))
 

@@ -73,6 +73,16 @@ def worker_command(  # noqa: PLR0913, PLR0917 - options
             help="The highest contract level it lets be used; lower it while a cluster is changed over.",
         ),
     ] = LEVEL,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="Keep what it was assigned and what it reported in a DuckDB file there: started again under"
+            " the same --name, it says what it had.",
+            show_default=False,
+        ),
+    ] = None,
     replicas: Replicas = 1,
     nats: Nats = None,
     namespace: Namespace = "default",
@@ -108,6 +118,7 @@ def worker_command(  # noqa: PLR0913, PLR0917 - options
         drain_s=drain_s,
         level=level,
         replicas=check_replicas(replicas),
+        data=data,
     )
     worker = Worker(config)
     told = {

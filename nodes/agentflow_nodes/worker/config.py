@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from msgspec import Struct
 
 from agentflow import wire
@@ -30,6 +32,8 @@ class WorkerConfig(Struct, frozen=True, kw_only=True):
     heartbeat_s: float = 1.0
     stall_s_max: float = 60.0
     """How long a worker whose event loop stands still is spoken for; 0: not at all, and no keeper is started."""
+    data: Path | None = None
+    """The folder of the file in which it keeps what it was assigned and what it reported; None: it keeps nothing."""
     replicas: int = 1
     level: int = LEVEL
     """The highest contract level it lets be used; lowered while a cluster is changed over."""

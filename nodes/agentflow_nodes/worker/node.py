@@ -16,7 +16,7 @@ from contextlib import AsyncExitStack
 from hashlib import blake2b
 from itertools import islice
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from agentflow import wire
 from agentflow.bus import Bus
@@ -47,6 +47,9 @@ from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.kept import Kept, needs_keeper
 from agentflow_nodes.worker.locking import TaskLocks
 from agentflow_nodes.worker.slots import Slots
+
+if TYPE_CHECKING:
+    from agentflow_nodes.worker.memory import OwnMemory
 
 _SEEN_MIN: Final = 20_000
 """Messages of assignments remembered, so that none is run twice."""
@@ -80,6 +83,8 @@ class Worker:
         self._locks = TaskLocks(self.bus, self._log, self._writer, config.name)
         self._slots = Slots(self._attempts, self._writer, self._locks)
         self._kept = Kept(config) if config.stall_s_max and needs_keeper(self.functions) else None
+        self.memory: OwnMemory | None = None
+        """What it had when it last ended, if it keeps that."""
         self._instance = secrets.token_hex(8)
         self._incarnation = 0
         self._read = 0
@@ -109,6 +114,13 @@ class Worker:
             asyncio.create_task(self._slots.announce(), name="worker announcer"),
             asyncio.create_task(self._drain(), name="worker drain"),
         ]
+        if self.config.data is not None:
+            # DuckDB takes long to load, and most workers need none.
+            from agentflow_nodes.worker.memory import OwnMemory  # noqa: PLC0415
+
+            self.memory = OwnMemory(self._log, self.config.data, self.config.name)
+            remembering = self.memory.run(self._incarnation)
+            self._tasks.append(asyncio.create_task(remembering, name="worker memory"))
         return self
 
     async def __aexit__(
