@@ -57,6 +57,12 @@ LEASE_EPOCH: Final = "Af-Epoch"
 # On every message of a leader: "<epoch> <basis> <log time, ms> <policy version>".
 DECISION: Final = "Af-Decision"
 
+# On every message of an answer to a query: which it is, from 0, and "json" or "arrow".
+QUERY_PART: Final = "Af-Part"
+QUERY_FORM: Final = "Af-Form"
+# The service that answers queries, and those of it that take turns.
+QUERY_SERVICE: Final = "query"
+
 
 class Route(NamedTuple):
     """A parsed event subject."""

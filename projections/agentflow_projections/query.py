@@ -47,12 +47,21 @@ _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 Row = list[Any]
 
 
+# What the question is to blame for.
+_WRONG: Final = (
+    duckdb.ProgrammingError,
+    duckdb.DataError,
+    duckdb.NotSupportedError,
+    duckdb.PermissionException,
+)
+
+
 @contextmanager
 def _errors() -> Generator[None]:
     """DuckDB's errors as ours: what a question is wrong in is InvalidRequest."""
     try:
         yield
-    except (duckdb.ProgrammingError, duckdb.DataError, duckdb.NotSupportedError) as error:
+    except _WRONG as error:
         raise InvalidRequest(str(error)) from error
     except duckdb.Error as error:
         raise _ours(error) from error
@@ -94,7 +103,7 @@ class Answer:
             )
             batches = shown.to_arrow_reader(BATCH_ROWS)
         readers = [_reader_of(column.type) for column in self.columns]
-        for batch in _each(batches):
+        for batch in self.batches(batches):
             columns = [
                 [read(value) for value in column.to_pylist()]
                 for read, column in zip(readers, batch.columns, strict=True)
@@ -105,6 +114,11 @@ class Answer:
         """The rows as a `pyarrow.RecordBatchReader`, with the types they have."""
         with _errors():
             return self._relation.to_arrow_reader(BATCH_ROWS)
+
+    @staticmethod
+    def batches(reader: Any) -> Iterator[Any]:
+        """The batches of a `pyarrow.RecordBatchReader`, with DuckDB's errors as ours."""
+        return _each(reader)
 
     def write_parquet(self, path: Path) -> int:
         """Write the rows to a file that is there whole or not at all; how many they are."""
@@ -237,16 +251,16 @@ def prepare(cursor: Any, as_of: int | None) -> None:
 def position_of(cursor: Any) -> int:
     """How far the history reaches; 0: it is empty."""
     with _errors():
-        found = cursor.execute("SELECT max(seq) FROM checkpoint").fetchone()
-    return found[0] or 0
+        ((found,),) = cursor.execute("SELECT max(seq) FROM checkpoint").fetchall()
+    return found or 0
 
 
 def position_at(cursor: Any, moment: datetime) -> int:
     """The last position that was logged at or before a moment."""
     with _errors():
         utc = moment.astimezone(UTC).replace(tzinfo=None)
-        found = cursor.execute("SELECT position_at(?::TIMESTAMP)", [utc]).fetchone()
-    return int(found[0])
+        ((found,),) = cursor.execute("SELECT position_at(?::TIMESTAMP)", [utc]).fetchall()
+    return int(found)
 
 
 def parse_when(text: str, now: datetime) -> int | datetime:

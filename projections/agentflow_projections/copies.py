@@ -1,0 +1,110 @@
+"""Copies of a history's file, for processes that may see nothing else.
+
+A file that is written has one process; everybody else reads a copy. It is made between two
+commits, by a process that copies blocks: a tenth of a second for ten million events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from agentflow_projections.database import Database
+from agentflow_projections.query import position_of
+from agentflow_projections.sandbox import NOBODY
+
+_FRESH_S_MIN: Final = 0.5
+_FRESH_SHARE: Final = 20
+"""Copying takes at most one part of so many of all time, unless somebody must see the newest."""
+
+
+async def reach_of(database: Database) -> int:
+    """How far a database reaches, asked beside its writer."""
+    return await asyncio.to_thread(reach_now, database)
+
+
+def reach_now(database: Database) -> int:
+    """How far a database reaches; for a thread."""
+    cursor = database.cursor()
+    try:
+        return position_of(cursor)
+    finally:
+        cursor.close()
+
+
+class _Copy:
+    """A copy of the file in a folder of its own, whose name says nothing."""
+
+    def __init__(self, database: Database) -> None:
+        self.source: Final = database
+        self.reach: Final = reach_now(database)
+        self.users = 0
+        self._folder = tempfile.TemporaryDirectory(prefix="afq-", ignore_cleanup_errors=True)
+        self.path: Final = Path(self._folder.name) / "db"
+        try:
+            database.copy_to(self.path)
+            for each in Path(self._folder.name).iterdir():
+                each.chmod(0o400)
+                _give_away(each)
+            _give_away(Path(self._folder.name))
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Remove it; doing it twice is harmless."""
+        self._folder.cleanup()
+
+
+def _give_away(path: Path) -> None:
+    """The process that reads it is nobody's, where this one may make it so."""
+    if os.geteuid() == 0:
+        os.chown(path, NOBODY, NOBODY)
+
+
+class Copies:
+    """The newest copy of the file, made anew when it has become old."""
+
+    def __init__(self) -> None:
+        self._copy: _Copy | None = None
+        self._fresh_until = 0.0
+        self._one = asyncio.Lock()
+
+    @asynccontextmanager
+    async def use(self, database: Database, at_least: int) -> AsyncGenerator[Path]:
+        """A copy that reaches a position which the database reaches. Raises OperatingError."""
+        copy = await self._newest(database, at_least)
+        copy.users += 1
+        try:
+            yield copy.path
+        finally:
+            copy.users -= 1
+            if copy is not self._copy and not copy.users:
+                copy.remove()
+
+    async def _newest(self, database: Database, at_least: int) -> _Copy:
+        loop = asyncio.get_running_loop()
+        async with self._one:
+            copy = self._copy
+            usable = copy is not None and copy.source is database and copy.reach >= at_least
+            if copy is not None and usable:
+                fresh_still = loop.time() < self._fresh_until
+                if fresh_still or copy.reach >= await reach_of(database):
+                    return copy
+            begun = loop.time()
+            self._copy = fresh = await asyncio.to_thread(_Copy, database)
+            took_s = loop.time() - begun
+            self._fresh_until = loop.time() + max(_FRESH_S_MIN, _FRESH_SHARE * took_s)
+            if copy is not None and not copy.users:
+                copy.remove()
+            return fresh
+
+    def close(self) -> None:
+        """Remove it."""
+        if self._copy is not None:
+            self._copy.remove()

@@ -1,0 +1,194 @@
+"""Questions over NATS, as any client may ask them: a real server, a real file, processes that answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from agentflow import wire
+from agentflow.bus import Bus
+from agentflow.errors import Disconnected, InvalidRequest, OperatingError
+from agentflow_projections.asking import ask_service
+from agentflow_projections.database import Database
+from agentflow_projections.sandbox import DeadlineExceeded, Limits, Overloaded
+from agentflow_projections.service import QueryService, Request
+from tests.integration.test_queries import written
+from tests.unit.given import NAMESPACE
+from tests.unit.histories import History
+
+SUBJECT = f"afq.{NAMESPACE}.query"
+LAST_SEQ = 300
+FOR_EVER = "SELECT count(*) FROM range(1000000000000)"
+
+
+@pytest.fixture
+async def database(tmp_path: Path) -> AsyncIterator[Database]:
+    """A history's file, open for writing as a projector has it."""
+    path = written(tmp_path / "history.duckdb", History(3).run(400)[:LAST_SEQ])
+    with Database(path, NAMESPACE) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def service(bus: Bus, database: Database) -> AsyncIterator[QueryService]:
+    async with QueryService(bus, NAMESPACE, lambda: database) as answering:
+        yield answering
+
+
+async def ask(bus: Bus, **request: Any) -> dict[str, Any]:
+    """A whole answer: all rows, and the rest of all parts."""
+    found: dict[str, Any] = {"rows": [], "parts": 0, "arrow": b""}
+    async for part in ask_service(bus, NAMESPACE, Request(**request)):
+        found["parts"] += 1
+        if isinstance(part, bytes):
+            found["arrow"] += part
+        else:
+            found["rows"] += part.pop("rows", [])
+            found |= part
+    return found
+
+
+async def test_a_small_answer_is_one_message_for_any_client(bus: Bus, service: QueryService) -> None:
+    request = json.dumps({"sql": "SELECT count(*) AS n FROM frames WHERE seq <= $s", "params": {"s": 5}})
+    reply = await bus.request_reply(SUBJECT, request.encode(), 10)
+    answer = json.loads(reply.data)
+    assert answer["columns"] == [{"name": "n", "type": "BIGINT"}]
+    assert answer["rows"] == [[5]]
+    assert (answer["end"]["rows"], answer["end"]["truncated"]) == (1, False)
+    assert answer["position"] == answer["end"]["position"] == LAST_SEQ
+
+
+async def test_a_large_answer_comes_in_numbered_parts(bus: Bus, service: QueryService) -> None:
+    found = await ask(bus, sql="SELECT range AS n, repeat('x', 100) AS x FROM range(20000)")
+    assert [row[0] for row in found["rows"]] == list(range(20_000))
+    assert found["parts"] > 5
+    assert found["end"]["rows"] == 20_000
+    assert not found["end"]["truncated"]
+
+
+async def test_rows_in_arrow_are_one_stream(bus: Bus, service: QueryService) -> None:
+    found = await ask(bus, sql="SELECT seq, logged_at, kind FROM frames ORDER BY seq", format="arrow")
+    table = pa.ipc.open_stream(found["arrow"]).read_all()
+    assert table.column("seq").to_pylist() == list(range(1, LAST_SEQ + 1))
+    assert table.schema.field("logged_at").type == pa.timestamp("ms")
+    assert found["end"]["rows"] == LAST_SEQ
+
+
+@pytest.mark.parametrize("form", ["json", "arrow"])
+async def test_a_limit_cuts_the_answer_off_and_says_so(bus: Bus, service: QueryService, form: str) -> None:
+    found = await ask(bus, sql="FROM range(10000)", limit=7, format=form)
+    rows = found["rows"] if form == "json" else pa.ipc.open_stream(found["arrow"]).read_all().to_pylist()
+    assert len(rows) == found["end"]["rows"] == 7
+    assert found["end"]["truncated"]
+
+
+async def test_as_many_rows_as_the_limit_are_whole(bus: Bus, service: QueryService) -> None:
+    found = await ask(bus, sql="FROM range(7)", limit=7)
+    assert (len(found["rows"]), found["end"]["truncated"]) == (7, False)
+
+
+async def test_bytes_are_limited_too(bus: Bus, database: Database) -> None:
+    async with QueryService(bus, NAMESPACE, lambda: database, Limits(bytes_max=1_000_000)):
+        found = await ask(bus, sql="SELECT repeat('x', 1000) FROM range(100000)")
+    assert found["end"]["truncated"]
+    assert 0 < len(found["rows"]) < 1_100
+    assert found["end"]["rows"] == len(found["rows"])
+
+
+async def test_it_answers_as_of_a_position_or_a_time(bus: Bus, service: QueryService) -> None:
+    found = await ask(bus, sql="SELECT max(seq) FROM events", as_of=100)
+    assert found["rows"] == [[100]]
+    ((moment, last),) = (
+        await ask(
+            bus,
+            sql="SELECT logged_at, max(seq) FROM frames WHERE logged_at < (SELECT max(logged_at) FROM frames) GROUP BY 1 ORDER BY 1 DESC LIMIT 1",
+        )
+    )["rows"]
+    assert (await ask(bus, sql="SELECT max(seq) FROM events", as_of=moment))["rows"] == [[last]]
+    assert (await ask(bus, as_of=moment))["position"] == last
+
+
+async def test_ready_made_questions_are_answered_by_name(bus: Bus, service: QueryService) -> None:
+    found = await ask(bus, report="throughput", params={"buckets": 5})
+    assert len(found["rows"]) == found["end"]["rows"] == 5
+    assert found["columns"][0]["name"] == "from_time"
+
+
+async def test_who_wrote_reads_what_they_wrote(bus: Bus, tmp_path: Path) -> None:
+    messages = History(3).run(400)[:LAST_SEQ]
+    with (
+        Database(tmp_path / "empty.duckdb", NAMESPACE) as before,
+        Database(written(tmp_path / "history.duckdb", messages), NAMESPACE) as after,
+    ):
+        now = before
+        async with QueryService(bus, NAMESPACE, lambda: now):
+            assert (await ask(bus, sql="SELECT count(*) FROM frames"))["rows"] == [[0]]
+            asked = asyncio.ensure_future(ask(bus, sql="SELECT max(seq) FROM frames", at_least=LAST_SEQ))
+            with pytest.raises(DeadlineExceeded, match=f"did not reach {LAST_SEQ} within"):
+                await ask(bus, sql="SELECT 1", at_least=LAST_SEQ, timeout_s=0.3)
+            now = after
+            assert (await asked)["rows"] == [[LAST_SEQ]]
+
+
+@pytest.mark.parametrize(
+    ("request_", "found"),
+    [
+        (b"", "expected a JSON object"),
+        (b"[]", "expected a JSON object"),
+        (b'{"sql": 5}', "expected a JSON object"),
+        (b'{"sql": "SELECT 1", "nonsense": true}', "expected a JSON object"),
+        (b'{"sql": "SELECT 1", "report": "waits"}', "found both"),
+        (b'{"report": "nothing"}', "there is no report"),
+        (b'{"report": "waits", "format": "arrow"}', "with sql there is arrow too"),
+        (b'{"sql": "DROP TABLE frames"}', "found DROP"),
+        (b'{"sql": "FROM tasks", "as_of": 100000}', "reaches to position"),
+        (b'{"sql": "FROM tasks", "as_of": "soon"}', "expected a position, a time"),
+        (b'{"sql": "FROM read_text(\'/etc/passwd\')"}', "disabled by configuration"),
+    ],
+)
+async def test_what_is_wrong_is_said(bus: Bus, service: QueryService, request_: bytes, found: str) -> None:
+    reply = await bus.request_reply(SUBJECT, request_, 10)
+    error = json.loads(reply.data)["error"]
+    assert (error["kind"], found in error["message"]) == ("invalid", True), error
+
+
+async def test_who_asks_nobody_is_told(bus: Bus) -> None:
+    with pytest.raises(Disconnected, match="no query service answers"):
+        await ask(bus, sql="SELECT 1")
+
+
+async def test_too_many_at_once_are_turned_away(bus: Bus, database: Database) -> None:
+    limits = Limits(at_once=1, waiting_max=2, deadline_s=3)
+    async with QueryService(bus, NAMESPACE, lambda: database, limits):
+        found = await asyncio.gather(*(ask(bus, sql=FOR_EVER) for _ in range(8)), return_exceptions=True)
+    kinds = [type(each) for each in found]
+    assert kinds.count(Overloaded) == 5
+    assert kinds.count(DeadlineExceeded) == 3
+
+
+async def test_the_copy_that_is_asked_is_removed_in_the_end(bus: Bus, database: Database) -> None:
+    async with QueryService(bus, NAMESPACE, lambda: database):
+        ((path,),) = (await ask(bus, sql="SELECT path FROM duckdb_databases() WHERE database_name = 'db'"))[
+            "rows"
+        ]
+        assert Path(path).exists()
+        assert str(database.path) != path
+    assert not Path(path).exists()
+
+
+async def test_a_question_that_is_too_large_for_a_message_is_an_error(
+    bus: Bus, service: QueryService
+) -> None:
+    with pytest.raises((InvalidRequest, OperatingError)):
+        await ask(bus, sql="SELECT repeat('x', 2000000)")
+    assert (await ask(bus, sql="SELECT 1"))["rows"] == [[1]]
+
+
+def test_the_subject_is_the_one_documented() -> None:
+    assert wire.service(NAMESPACE, wire.QUERY_SERVICE) == SUBJECT
