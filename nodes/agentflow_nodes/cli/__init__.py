@@ -42,6 +42,7 @@ COMMANDS: Final = (
     _Entry("master", "master", RUN, "Start a master: it leads the namespace, or stands by."),
     _Entry("worker", "worker", RUN, "Start a worker: it runs tasks."),
     _Entry("projector", "projector", RUN, "Start a projector: it keeps the history in a DuckDB file."),
+    _Entry("archive", "archive", RUN, "Keep the log in Parquet files by day, and the live log short."),
     _Entry("submit", "submit", CHANGE, "Hand over a task or a workflow."),
     _Entry("lock", "locks", RUN, "Run a command while holding a lock."),
     _Entry("cancel", "requests", CHANGE, "Ask for a task or workflow to be stopped."),
@@ -50,6 +51,8 @@ COMMANDS: Final = (
     _Entry(
         "quarantine", "quarantine", CHANGE, "Show tasks given up for killing workers; hand them over again."
     ),
+    _Entry("backup", "backup", CHANGE, "Write logs and objects into a folder, while the cluster works."),
+    _Entry("restore", "restore", CHANGE, "Bring logs and objects back into a cluster that has none."),
     _Entry("task", "tasks", ASK, "Show one task: its state, attempts, output and result."),
     _Entry("tasks", "tasks", ASK, "List tasks, the latest last."),
     _Entry("workflow", "workflows", ASK, "Show one workflow as a tree of its tasks."),

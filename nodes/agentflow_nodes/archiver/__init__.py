@@ -1,0 +1,1 @@
+"""The archiver node: the log of a namespace, sealed by day, and trimmed."""

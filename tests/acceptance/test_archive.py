@@ -1,0 +1,189 @@
+"""Archiving, trimming, backup and restore as an operator does them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentflow import wire
+from agentflow.bus import Bus
+from agentflow.log.jetstream import JetStreamLog
+from agentflow.log.port import Done, Frame, Message
+from agentflow_nodes.archiver.node import ArchiverConfig, ArchiverNode
+from agentflow_nodes.cli.errors import Exit
+from agentflow_projections.archive import UNFINISHED, Archive, verify
+from agentflow_projections.archived_log import ArchivedLog
+from agentflow_projections.archiver import Keep, Sealing
+from tests.app import add
+from tests.cluster import Cluster
+from tests.eventually import eventually
+from tests.integration.test_backup import read_all
+from tests.servers import NatsServer
+
+pytestmark = pytest.mark.timeout(180)
+
+SUBMITTED = wire.event("default", "task.submitted", "cli")
+
+
+class Ran:
+    """What a command ended in."""
+
+    def __init__(self, status: int, out: str, err: str) -> None:
+        self.status = status
+        self.out = out
+        self.err = err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+async def agentflow(url: str, *arguments: str) -> Ran:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "agentflow_nodes", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "AGENTFLOW_NATS_URL": url},
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode is not None
+    return Ran(process.returncode, out.decode(), err.decode())
+
+
+async def submit(log: JetStreamLog, first: int, count: int) -> None:
+    """Submissions as any client writes them, a few in each frame."""
+    for start in range(first, first + count, 5):
+        tasks = [{"id": f"task-{n}", "shell": "true"} for n in range(start, start + 5)]
+        done = await log.append(Frame(SUBMITTED, json.dumps(tasks).encode(), f"cli.s.{start}"))
+        assert isinstance(done, Done)
+
+
+async def whole(log: JetStreamLog, folder: Path) -> list[Message]:
+    async with ArchivedLog(log, folder) as archived:
+        return await read_all(archived)
+
+
+async def test_an_operator_archives_and_trims(nats_server: NatsServer, bus: Bus, tmp_path: Path) -> None:
+    folder = str(tmp_path / "archive")
+    async with JetStreamLog(bus, "default") as log:
+        await submit(log, 0, 500)
+        messages = await read_all(log)
+        ran = await agentflow(
+            nats_server.url, "archive", "--once", "--dir", folder, "--keep-age", "1d", "--json"
+        )
+        assert (ran.status, ran.json["archived_seq"], ran.json["trimmed_seq"]) == (0, 100, 0), ran.err
+        assert [each["events"] for each in ran.json["sealed"]] == [500]
+        assert await whole(log, tmp_path / "archive") == messages
+    ran = await agentflow("nats://127.0.0.1:1", "archive", "--verify", "--dir", folder)
+    assert "Messages 1 to 100 are sound" in ran.out
+    ran = await agentflow(nats_server.url, "archive", "--once", "--dir", folder)
+    assert "Nothing new to archive" in ran.out
+    frames = next((tmp_path / "archive").rglob("frames.parquet"))
+    frames.write_bytes(frames.read_bytes()[:-1])
+    ran = await agentflow(nats_server.url, "archive", "--verify", "--dir", folder, "--json")
+    assert ran.status == Exit.OPERATING
+    assert "frames.parquet: expected" in json.loads(ran.err)["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--keep-age", "7 parsecs"], "--keep-age: expected an age like 90s, 15m, 12h, 7d or 2w"),
+        (["--keep-bytes", "much"], "--keep-bytes: expected a size like 500MB or 10GiB, found 'much'"),
+        (["--verify"], "--dir: expected an archive of namespace 'default', found none"),
+    ],
+)
+async def test_what_is_not_understood_is_told(arguments: list[str], said: str, tmp_path: Path) -> None:
+    ran = await agentflow("nats://127.0.0.1:1", "archive", "--dir", str(tmp_path / "none"), *arguments)
+    assert ran.status == Exit.USAGE
+    assert said in ran.err
+
+
+async def _until_more_is_sealed(archive: Archive) -> None:
+    sealed = len(archive.stretches())
+    await eventually(lambda: len(archive.stretches()) > sealed)
+
+
+async def test_an_archiver_that_is_killed_again_and_again_loses_nothing(
+    nats_server: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    archive = Archive(tmp_path, "default")
+    arguments = ("archive", "--dir", str(tmp_path), "--seal-after", "0.05s")
+    chance = random.Random(1)
+    async with Cluster(nats_server) as cluster, JetStreamLog(bus, "default") as log:
+        for round_ in range(6):
+            await submit(log, round_ * 1_000, 200)
+            archiver = await cluster.process(*arguments)
+            await submit(log, round_ * 1_000 + 200, 200)
+            await _until_more_is_sealed(archive)
+            await submit(log, round_ * 1_000 + 400, chance.randrange(5, 100, 5))
+            await archiver.kill()
+        ran = await agentflow(nats_server.url, *arguments, "--once", "--json")
+        assert ran.status == 0, ran.err
+        messages = await read_all(log)
+        assert [each for some in archive.messages() for each in some] == messages
+        for stretch in archive.stretches():
+            verify(stretch)
+    assert not list(tmp_path.rglob(f"*{UNFINISHED}"))
+
+
+async def test_the_daemon_trims_while_a_cluster_works(
+    nats_server: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    config = ArchiverConfig(
+        folder=tmp_path,
+        url=nats_server.url,
+        keep=Keep(age_s=0.5, young_s=0.2),
+        sealing=Sealing(events=50, after_s=0.1, state_every_s=0.2),
+    )
+    async with Cluster(nats_server) as cluster:
+        master = await cluster.leader()
+        await cluster.worker()
+        client = await cluster.client()
+        async with ArchiverNode(config), JetStreamLog(bus, "default") as log:
+
+            async def work_until_trimmed(seq: int) -> int:
+                """Tasks are done all the while the log is trimmed behind them."""
+                while (trimmed := (await log.identity()).trimmed_seq) <= seq:
+                    assert await (await client.submit(add, 1, 2)).result(20) == 3
+                return trimmed
+
+            first = await work_until_trimmed(0)
+            assert await work_until_trimmed(first) > first
+            assert master.leading
+            messages = await whole(log, tmp_path)
+            assert [each.seq for each in messages] == list(range(1, messages[-1].seq + 1))
+            elections = [each for each in messages if each.subject == wire.elected("default")]
+            assert await log.last(wire.elected("default")) == elections[-1]
+
+
+async def test_a_backup_comes_back_by_command(nats_server: NatsServer, bus: Bus, tmp_path: Path) -> None:
+    folder = str(tmp_path / "backup")
+    async with JetStreamLog(bus, "default") as log:
+        await submit(log, 0, 500)
+        messages = await read_all(log)
+    ran = await agentflow(nats_server.url, "backup", folder, "--json")
+    assert ran.status == 0, ran.err
+    assert [(each["namespace"], each["last_seq"]) for each in ran.json["namespaces"]] == [("default", 100)]
+    ran = await agentflow(nats_server.url, "backup", folder)
+    assert (ran.status, "holds a backup already" in ran.err) == (Exit.USAGE, True)
+    ran = await agentflow(nats_server.url, "backup", str(tmp_path / "no"), "--namespace", "none")
+    assert (ran.status, "no namespace 'none'" in ran.err) == (Exit.NOT_FOUND, True)
+    async with NatsServer() as other, Bus(other.url, name="t") as fresh:
+        ran = await agentflow(other.url, "restore", folder)
+        assert "Restored: default. Start the nodes now." in ran.out
+        ran = await agentflow(other.url, "restore", folder, "--json")
+        assert ran.json == {"restored": [], "already": ["default"]}
+        async with JetStreamLog(fresh, "default", create=False) as log:
+            assert await read_all(log) == messages
+            await submit(log, 500, 5)
+        ran = await agentflow(other.url, "restore", folder)
+        assert (ran.status, "is there already" in ran.err) == (Exit.USAGE, True)
