@@ -7,8 +7,8 @@ metadata. Who replays it comes to the same as who replays the log, without a ser
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -230,9 +230,10 @@ class ExportedPast:
             raise OperatingError(f"{self._path} cannot be read: {error}") from error
 
 
-def as_database(path: Path) -> Database:
-    """An exported incident as a database in memory, open, for whoever asks it in SQL. Raises InvalidRequest."""
+@asynccontextmanager
+async def as_database(path: Path, *, progress: Progress | None = None) -> AsyncGenerator[Database]:
+    """An exported incident as a database in memory, for whoever asks it in SQL. Raises InvalidRequest."""
     past = ExportedPast.read(path)
-    database = Database(None, past.namespace).__enter__()
-    asyncio.run(project(past, database))
-    return database
+    with Database(None, past.namespace) as database:
+        await project(past, database, progress=progress)
+        yield database

@@ -62,6 +62,7 @@ COMMANDS: Final = (
     _Entry("queue", "queue", ASK, "Show what waits, how long, and what fits no worker."),
     _Entry("why", "why", ASK, "Explain why a task waits, and why what happened to it happened."),
     _Entry("diff", "diff", ASK, "Compare two runs of a workflow, task by task."),
+    _Entry("export", "export", ASK, "Write a stretch of history to one file, to be read without a server."),
     _Entry("replay", "replay", ASK, "Make the state anew from the log, and compare a projection with it."),
     _Entry("events", "events", ASK, "Show the events of the log, or follow them."),
     _Entry("query", "query", ASK, "Ask the history in SQL, as of now or any time."),

@@ -80,7 +80,10 @@ def _nothing(answer: Answer) -> CliError:
         some = ", ".join(answer.workflow[:8])
         return usage(f"{wanted!r} is a workflow; name one of its tasks: {some}")
     if answer.known != "unknown":
-        return not_found(f"{wanted!r} is {answer.known}, but no task of which this history tells")
+        return not_found(
+            f"{wanted!r} is {answer.known}, but no task of which this history tells;"
+            f" a task of a workflow is called {wanted}/TASK"
+        )
     return not_found(
         f"no task is called {wanted!r} up to position {answer.seq}; 'agentflow tasks' lists them"
     )
