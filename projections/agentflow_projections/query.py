@@ -298,6 +298,13 @@ def write_parquet(batches: Any, path: Path) -> int:
     return rows
 
 
+def write_parquet_of(stream: bytes, path: Path) -> int:
+    """Write an Arrow IPC stream to a Parquet file; how many rows it had."""
+    import pyarrow as pa  # noqa: PLC0415 - seldom needed
+
+    return write_parquet(pa.ipc.open_stream(stream), path)
+
+
 class Described(Struct, frozen=True):
     """A table for people, or one of the tables beneath."""
 

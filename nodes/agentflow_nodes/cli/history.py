@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
-from agentflow_nodes.cli.errors import usage
+from agentflow.bus import Bus
+from agentflow.errors import Disconnected, OperatingError
+from agentflow_nodes.cli.errors import operating, usage
 from agentflow_nodes.cli.output import console
-from agentflow_nodes.cli.session import Target, open_log
+from agentflow_nodes.cli.session import CLIENT_NAME, Target, open_log, require_server
+from agentflow_projections.asking import Part, ask_service
 from agentflow_projections.cache import cache_folder, refresh
 from agentflow_projections.queries import Ready
-from agentflow_projections.query import Answer, Column, Question, Reader, Row, parse_when
+from agentflow_projections.query import Answer, Column, Question, Reader, Row, parse_when, write_parquet_of
+from agentflow_projections.sandbox import DeadlineExceeded
+from agentflow_projections.service import Request
 
+_PROBE_S: Final = 2.0
 _QUIET_S: Final = 0.5
 """What takes longer shows how far it is."""
 
@@ -30,6 +37,12 @@ class Wanted(Struct, frozen=True):
     as_of: str = ""
     at_least: int = 0
     wait_s: float = 30.0
+    local: bool = False
+    """Read the log here, though a projector could be asked."""
+    limit: int = 0
+    """So many rows are enough; 0: all."""
+    parquet: bool = False
+    """The answer goes to a Parquet file: types are to be kept."""
 
 
 class Found(Protocol):
@@ -103,21 +116,138 @@ class _FileFound:
         return self._answer.write_parquet(path)
 
 
+class _ServiceHistory:
+    """A projector that is asked over NATS."""
+
+    def __init__(self, bus: Bus, wanted: Wanted) -> None:
+        self._bus = bus
+        self._wanted = wanted
+
+    async def position(self, when: str) -> int:
+        async for part in self._parts(Request(as_of=when)):
+            assert isinstance(part, dict)
+            return int(part["position"])
+        raise AssertionError("an answer has a part")
+
+    @asynccontextmanager
+    async def ask(self, question: Question) -> AsyncGenerator[Found]:
+        form: Literal["json", "arrow"] = "arrow" if self._wanted.parquet else "json"
+        request = Request(
+            sql=question.sql,
+            params=dict(question.parameters),
+            as_of=question.as_of,
+            format=form,
+            limit=self._wanted.limit,
+        )
+        async with aclosing(self._parts(request)) as parts:
+            yield await _begun(parts, self._wanted.limit)
+
+    @asynccontextmanager
+    async def report(self, ready: Ready, told: dict[str, Any], as_of: int | None) -> AsyncGenerator[Found]:
+        request = Request(report=ready.name, params=told, as_of=as_of)
+        async with aclosing(self._parts(request)) as parts:
+            yield await _begun(parts)
+
+    def _parts(self, request: Request) -> AsyncGenerator[Part, None]:
+        asked = replace(request, at_least=self._wanted.at_least)
+        return ask_service(self._bus, self._wanted.where.namespace, asked)
+
+
+async def _begun(parts: AsyncGenerator[Part, None], limit: int = 0) -> Found:
+    first = await anext(parts)
+    assert isinstance(first, dict)
+    return _ServiceFound(first, parts, limit)
+
+
+class _ServiceFound:
+    """An answer that comes in parts."""
+
+    def __init__(self, first: dict[str, Any], parts: AsyncGenerator[Part, None], limit: int) -> None:
+        self.columns = [Column(each["name"], each["type"]) for each in first["columns"]]
+        self._first = first
+        self._parts = parts
+        self._limit = limit
+        """So many rows were asked for; 0: all."""
+
+    async def _all(self) -> AsyncIterator[Part]:
+        yield self._first
+        async for part in self._parts:
+            yield part
+
+    async def rows(self) -> AsyncIterator[list[Row]]:
+        async for part in self._all():
+            if isinstance(part, dict):
+                yield part.get("rows", [])
+                self._require_whole(part)
+
+    async def write_parquet(self, path: Path) -> int:
+        data = bytearray()
+        async for part in self._all():
+            if isinstance(part, bytes):
+                data += part
+            else:
+                self._require_whole(part)
+        return write_parquet_of(bytes(data), path)
+
+    def _require_whole(self, part: dict[str, Any]) -> None:
+        end = part.get("end", {})
+        if end.get("truncated") and end["rows"] != self._limit:
+            raise operating(
+                f"the projector cut the answer off after {end['rows']} rows:"
+                " ask for less, or read the log yourself with --local"
+            )
+
+
 @asynccontextmanager
 async def open_history(wanted: Wanted) -> AsyncGenerator[History]:
-    """The file named, or this log's own, brought up to the log's end."""
+    """The file named; the projector that answers; or this log's own file, brought up to the log's end."""
     if wanted.file is not None:
         if not wanted.file.is_file():
             raise usage(f"--file: there is no file {wanted.file}")
-        path = wanted.file
-    else:
-        async with open_log(wanted.where) as log:
-            with progress_bar("Reading the log") as tell:
-                path = await refresh(
-                    log, cache_folder(), at_least=wanted.at_least, wait_s=wanted.wait_s, progress=tell
-                )
+        with Reader(wanted.file) as reader:
+            yield _FileHistory(reader)
+        return
+    await require_server(wanted.where)
+    async with Bus(wanted.where.urls, name=f"agentflow {CLIENT_NAME}") as bus:
+        if not wanted.local and await _is_served(bus, wanted.where.namespace):
+            await _wait_for(bus, wanted)
+            yield _ServiceHistory(bus, wanted)
+            return
+    async with open_log(wanted.where) as log:
+        with progress_bar("Reading the log") as tell:
+            path = await refresh(
+                log, cache_folder(), at_least=wanted.at_least, wait_s=wanted.wait_s, progress=tell
+            )
     with Reader(path) as reader:
         yield _FileHistory(reader)
+
+
+async def _wait_for(bus: Bus, wanted: Wanted) -> None:
+    """Wait until the projector reaches the position asked for. Raises DeadlineExceeded."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + wanted.wait_s
+    while wanted.at_least:
+        left_s = max(0.0, deadline - loop.time())
+        request = Request(at_least=wanted.at_least, timeout_s=min(left_s, _PROBE_S))
+        try:
+            async with aclosing(ask_service(bus, wanted.where.namespace, request)) as parts:
+                await anext(parts)
+                return
+        except DeadlineExceeded:
+            if left_s <= _PROBE_S:
+                raise
+
+
+async def _is_served(bus: Bus, namespace: str) -> bool:
+    """Whether a projector answers; one that is there and cannot answer yet does."""
+    try:
+        async with aclosing(ask_service(bus, namespace, Request(timeout_s=_PROBE_S))) as parts:
+            await anext(parts)
+    except Disconnected:
+        return False
+    except OperatingError:
+        return True
+    return True
 
 
 async def position_of(wanted: Wanted, history: History) -> int | None:

@@ -50,6 +50,7 @@ AtLeast = Annotated[
         show_default=False,
     ),
 ]
+Local = Annotated[bool, typer.Option("--local", help="Read the log here, though a projector could be asked.")]
 Wait = Annotated[float, typer.Option("--wait-s", min=0, help="Seconds to wait for --at-least.")]
 
 
@@ -83,6 +84,7 @@ def query_command(  # noqa: PLR0913, PLR0917 - options
             "--limit", min=0, help="At most so many rows; 0: all.", show_default="1000 in a table, else all"
         ),
     ] = None,
+    local: Local = False,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -90,7 +92,8 @@ def query_command(  # noqa: PLR0913, PLR0917 - options
 ) -> None:
     """Ask the history in SQL, as of now or any time.
 
-    The log is read into a DuckDB file of your own, further each time. `agentflow tables` says
+    A projector answers, if one follows the namespace; its answers are limited. Without one, or with
+    --local, the log is read into a DuckDB file of your own, further each time. `agentflow tables` says
     what there is to ask. With --json each row is an object on a line of its own. A value given
     with --param is a number, true, false or null if it looks like one, else text.
 
@@ -102,7 +105,10 @@ def query_command(  # noqa: PLR0913, PLR0917 - options
     """
     if as_json + as_csv + (parquet is not None) > 1:
         raise usage("expected one of --json, --csv and --parquet, found several")
-    wanted = Wanted(target(nats, namespace), file, as_of, at_least, wait_s)
+    table_rows = 0 if as_json or as_csv or parquet is not None else _SHOWN_MAX + 1
+    enough = (limit + 1 if table_rows and limit else limit) if limit is not None else table_rows
+    where = target(nats, namespace)
+    wanted = Wanted(where, file, as_of, at_least, wait_s, local, enough, parquet is not None)
     text = sys.stdin.read() if sql == "-" else sql
     shown = Shown(as_json, as_csv, parquet, limit)
     run(_query(wanted, text, parse_parameters(parameter or []), shown), logs=client_logs(debug=debug))

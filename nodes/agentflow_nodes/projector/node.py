@@ -17,6 +17,7 @@ from agentflow.log.stream import stream_names
 from agentflow.logs import get_logger
 from agentflow_nodes.projector.config import ProjectorConfig
 from agentflow_nodes.projector.projection import Projection
+from agentflow_projections.service import QueryService
 
 _DISCOVER_S: Final = 2.0
 _NAMES_TIMEOUT_S: Final = 5.0
@@ -83,7 +84,12 @@ class ProjectorNode:
         log = JetStreamLog(self.bus, namespace, replicas=self.config.replicas, create=create)
         await log.__aenter__()  # nothing to release: the bus is ours
         self.projections[namespace] = Projection(log, self.config)
-        self._start(self.projections[namespace].run(), namespace)
+        self._start(self._follow(self.projections[namespace]), namespace)
+
+    async def _follow(self, projection: Projection) -> None:
+        """Keep the file, and answer questions about it."""
+        async with QueryService(self.bus, projection.namespace, lambda: projection.database):
+            await projection.run()
 
     async def _discover(self) -> None:
         while True:
