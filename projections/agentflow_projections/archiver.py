@@ -21,24 +21,24 @@ from typing import Final, Self, cast
 from msgspec import Struct
 
 from agentflow.domain.fold import fold
-from agentflow.domain.snapshot import SnapshotUnreadable, hash_of, restore, snapshot
+from agentflow.domain.snapshot import hash_of, restore, snapshot
 from agentflow.domain.state import Namespace
-from agentflow.errors import LogTrimmed, ObjectMissing, OperatingError
+from agentflow.errors import OperatingError
 from agentflow.frames import judge
 from agentflow.limits import LEVEL
-from agentflow.log.port import Identity, Log, Message, Trim, TrimmableLog
+from agentflow.log.port import Identity, Message, Trim, TrimmableLog
 from agentflow.logs import get_logger
-from agentflow.objects.port import Objects, RemovableObjects
+from agentflow.objects.port import RemovableObjects
 from agentflow_projections.archive import Archive, ArchiveDamaged, Stretch, chain_at_end, verify
 from agentflow_projections.archive_writer import Pile, Point, keep_state, remove_unfinished, seal
 from agentflow_projections.archived_log import check_seam
 from agentflow_projections.chain import START
 from agentflow_projections.rows import Recorder
+from agentflow_projections.trimmed import fetch_snapshot
 
 _ROWS_MAX: Final = 20_000
 """So many rows are kept as tuples before they become columns."""
 _SLICE_S: Final = 0.05
-_ATTEMPTS_MAX: Final = 5
 
 Progress = Callable[[int], None]
 """Told how far the log is read."""
@@ -362,32 +362,3 @@ class Archiver:
 
 def _day(message: Message) -> str:
     return datetime.fromtimestamp(message.time_ns / 1e9, UTC).strftime("%Y-%m-%d")
-
-
-async def fetch_snapshot(log: Log, objects: Objects, *, level: int = LEVEL) -> tuple[Namespace, bytes]:
-    """The state that stands for what was trimmed, and the hash chain there.
-
-    For a log that was trimmed. Raises LogTrimmed if the snapshot cannot be used, ObjectMissing if
-    it is not in the object store.
-    """
-    for attempt in range(_ATTEMPTS_MAX):
-        trim = (await log.identity()).trim
-        assert trim is not None, "the log was never trimmed"
-        try:
-            data = await objects.get(trim.snapshot)
-        except ObjectMissing:
-            if attempt + 1 == _ATTEMPTS_MAX:
-                raise
-            continue  # another has taken its place since
-        try:
-            state = restore(data, knows=level)
-        except SnapshotUnreadable as error:
-            raise LogTrimmed(
-                f"the log was trimmed up to {trim.seq}, and its snapshot cannot be read: {error}"
-            ) from error
-        if hash_of(data) != trim.digest or state.seq != trim.snapshot_seq:
-            raise LogTrimmed(
-                f"the log was trimmed up to {trim.seq}, and its snapshot is not what was written down"
-            )
-        return state, bytes.fromhex(trim.chain)
-    raise AssertionError("unreachable")

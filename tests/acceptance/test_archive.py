@@ -159,6 +159,11 @@ async def test_the_daemon_trims_while_a_cluster_works(
             first = await work_until_trimmed(0)
             assert await work_until_trimmed(first) > first
             assert master.leading
+            # One that starts now begins with the snapshot, and leads when its turn comes.
+            late = await cluster.master(name="late")
+            await master.__aexit__(None, None, None)
+            await eventually(lambda: late.leading)
+            assert await (await client.submit(add, 2, 2)).result(20) == 4
             messages = await whole(log, tmp_path)
             assert [each.seq for each in messages] == list(range(1, messages[-1].seq + 1))
             elections = [each for each in messages if each.subject == wire.elected("default")]

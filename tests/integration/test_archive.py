@@ -26,9 +26,9 @@ from agentflow_projections.archiver import (
     Archiver,
     Keep,
     Sealing,
-    fetch_snapshot,
 )
 from agentflow_projections.chain import START, chained
+from agentflow_projections.trimmed import fetch_snapshot
 from tests.unit.given import NAMESPACE
 from tests.unit.histories import History
 

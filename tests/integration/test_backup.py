@@ -19,8 +19,9 @@ from agentflow.log.port import Done, Fence, Frame, Log, Message
 from agentflow.objects import ObjectStore
 from agentflow_projections.archive import Archive
 from agentflow_projections.archived_log import ArchivedLog
-from agentflow_projections.archiver import Archiver, Keep, fetch_snapshot
+from agentflow_projections.archiver import Archiver, Keep
 from agentflow_projections.backup import MANIFEST, BackupDamaged, backup, namespaces_of, restore
+from agentflow_projections.trimmed import fetch_snapshot
 from tests import app
 from tests.cluster import Cluster
 from tests.integration.test_archive import fold_of

@@ -25,6 +25,7 @@ from agentflow.leases.jetstream import JetStreamLeases
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.stream import stream_names
 from agentflow.logs import get_logger
+from agentflow.objects import ObjectStore
 from agentflow_nodes.master.abandoned import Abandoned
 from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.hashes import FoldHashes
@@ -33,6 +34,7 @@ from agentflow_nodes.master.sessions import Sessions
 from agentflow_nodes.master.sharing import Session, handover
 from agentflow_nodes.master.telling import Services, tell
 from agentflow_projections.hydrate import hydrate
+from agentflow_projections.trimmed import fetch_snapshot
 
 _SWEEP_S: Final = 5.0
 _DISCOVER_S: Final = 2.0
@@ -142,12 +144,17 @@ class Master:
         self._beside[namespace] = (sweep.cancel, seat.liveness.close, services.close, hashes.close)
 
     async def _kept_state(self, log: JetStreamLog) -> Namespace | None:
-        """The state a projector keeps on this machine, if it is of use: then only the log's tail is read."""
-        config = self.config
-        if config.data is None:
-            return None
-        identity = await log.identity()
-        state = await asyncio.to_thread(hydrate, config.data, identity, log.namespace, level=config.level)
+        """The state a projector keeps on this machine, or the one that stands for what was trimmed.
+
+        With it only the log's tail is read. Neither is of use or needed: None.
+        """
+        config, identity = self.config, await log.identity()
+        state: Namespace | None = None
+        if config.data is not None:
+            state = await asyncio.to_thread(hydrate, config.data, identity, log.namespace, level=config.level)
+        if state is None and identity.trim is not None:
+            objects = ObjectStore(self.bus, log.namespace)
+            state, _ = await fetch_snapshot(log, objects, level=config.level)
         if state is not None:
             tail = identity.last_seq - state.seq
             _log.info("begun with a kept state", namespace=log.namespace, seq=state.seq, tail=tail)
