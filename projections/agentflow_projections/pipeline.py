@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import struct
 import sys
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
@@ -29,7 +30,13 @@ from agentflow.logs import get_logger
 CHUNK_BYTES: Final = 256 * 1024
 """About so much data is handed over at once."""
 AHEAD_MAX: Final = 16
-"""Chunks read ahead of who takes them. Who has so many waiting is behind."""
+"""Chunks read ahead of who takes them."""
+BEHIND_NS: Final = 10 * 10**9
+"""Who has as many chunks waiting as may wait, and of messages this old, has a log to catch up with.
+
+Who is only a little behind a busy cluster is better off alone: the second process would take
+its time from those who make it busy.
+"""
 ANSWER_S_MAX: Final = 10.0
 """A second process that takes longer is given up."""
 LINGER_S: Final = 5.0
@@ -120,7 +127,7 @@ async def _read_ahead(
     async with aclosing(cast("AsyncGenerator[list[Message], None]", following)) as lists:
         async for messages in lists:
             for each, size in _chunks(messages):
-                if queue.full():
+                if queue.full() and time.time_ns() - each[-1].time_ns > BEHIND_NS:
                     behind_at = now()
                     await second.begin()
                 elif second.begun and now() > behind_at + LINGER_S:
