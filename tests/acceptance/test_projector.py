@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import pytest
 
+from agentflow import Client
 from agentflow.bus import Bus
 from agentflow.domain.snapshot import state_hash
 from agentflow.ending import end_tasks
@@ -205,3 +206,51 @@ def _noting(read_after: list[int]) -> Any:
         return follow(log, after, subjects=subjects)
 
     return noting
+
+
+async def test_up_keeps_the_history_and_starts_its_master_from_there(tmp_path: Path) -> None:
+    for count in (1, 2):
+        async with _up(tmp_path) as url:
+            async with Client(url) as client:
+                assert await (await client.shell("echo done")) == "done"
+            await eventually(lambda count=count: _follows(tmp_path, count))  # type: ignore[misc] # its default is its type
+    log = (tmp_path / "log" / "master.log").read_text()
+    assert log.count("no state was kept") == 1
+    assert log.count("begun with a kept state") == 1
+    with Database(history_path(tmp_path / "history", "default"), "default") as database:
+        states = database.ask("SELECT state, count(*) FROM tasks GROUP BY ALL").fetchall()
+        left = database.ask("SELECT count(*) FROM master_changes WHERE change = 'left'").fetchall()
+    assert states == [("completed", 2)]
+    assert left == [(2,)], "the master's last word is in it"
+
+
+async def test_up_leaves_it_out_if_asked_to(tmp_path: Path) -> None:
+    async with _up(tmp_path, "--no-projector"):
+        pass
+    assert not (tmp_path / "history").exists()
+
+
+def _follows(folder: Path, count: int) -> bool:
+    """Whether the projector of the so many-th start is at work."""
+    log = folder / "log" / "projector.log"
+    return log.exists() and log.read_text().count('"event": "following"') == count
+
+
+@asynccontextmanager
+async def _up(folder: Path, *options: str) -> AsyncGenerator[str]:
+    """`agentflow up` in a folder; its address. Left, it has ended in good order."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "agentflow_nodes", "up", "--data-dir", str(folder), "--port", "0", "--json"),
+        *options,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stdout is not None
+        line = await asyncio.wait_for(process.stdout.readline(), 60)
+        yield json.loads(line)["url"]
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 60) == Exit.OK
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()

@@ -96,14 +96,16 @@ class Cluster:
             self._make_children()
             try:
                 async with asyncio.timeout(READY_S_MAX):
-                    await asyncio.gather(*(child.start() for child in self._children()))
+                    await asyncio.gather(*(child.start() for child in self._needed()))
                     await self._wait_leader()
             except TimeoutError as error:
                 raise operating(
                     f"not ready within {READY_S_MAX:g} s; see the logs in {self.log_dir}"
                 ) from error
             await keep_log(self.config.data_dir, self.urls, self.config.namespace)
-            self._keepers = [asyncio.create_task(self._keep(child)) for child in self._children()]
+            self._keepers = [asyncio.create_task(self._keep(child)) for child in self._needed()]
+            if self._projector is not None:
+                self._keepers.append(asyncio.create_task(self._begin_and_keep(self._projector)))
             self._keepers.append(asyncio.create_task(self._watch_disk(), name="disk"))
             self._stack = stack.pop_all()
         return self
@@ -148,7 +150,11 @@ class Cluster:
             child.kill()
 
     def _children(self) -> list[Child]:
-        return [each for each in (self._master, self._projector, *self._workers) if each is not None]
+        return self._needed() + ([self._projector] if self._projector is not None else [])
+
+    def _needed(self) -> list[Child]:
+        """Those without which no task runs."""
+        return ([self._master] if self._master is not None else []) + self._workers
 
     def _make_server(self) -> EmbeddedServer | EmbeddedCluster:
         folder, port = self.config.data_dir, self.config.port
@@ -199,6 +205,12 @@ class Cluster:
                     await asyncio.sleep(_ASK_PAUSE_S)
                 else:
                     return
+
+    async def _begin_and_keep(self, child: Child) -> None:
+        """Start a child nobody waits for, and keep it."""
+        with contextlib.suppress(CliError):  # it ended, and its status says why
+            await child.start()
+        await self._keep(child)
 
     async def _keep(self, child: Child) -> None:
         """Start a child again whenever it ends, unless the log is gone: then none can go on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -22,7 +22,8 @@ from agentflow_projections.service import QueryService
 _DISCOVER_S: Final = 2.0
 _NAMES_TIMEOUT_S: Final = 5.0
 
-_CLOSE_S_MAX: Final = 8.0
+_CATCH_UP_S_MAX: Final = 3.0
+_CLOSE_S_MAX: Final = 6.0
 
 _log = get_logger(__name__)
 
@@ -30,7 +31,7 @@ _log = get_logger(__name__)
 class ProjectorNode:
     """Follows its namespaces. An async context manager: entered means that their logs are read.
 
-    Left, the files hold what was read and are closed.
+    Left, the files hold what the logs hold, if that did not take long, and are closed.
     """
 
     def __init__(self, config: ProjectorConfig) -> None:
@@ -57,7 +58,15 @@ class ProjectorNode:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            await self._catch_up()
         await self._stack.aclose()
+
+    async def _catch_up(self) -> None:
+        """Whoever ended before us has its last words in the files, unless those are far behind."""
+        with suppress(TimeoutError, OperatingError):
+            async with asyncio.timeout(_CATCH_UP_S_MAX):
+                await asyncio.gather(*(each.caught_up() for each in self.projections.values()))
 
     async def ended(self) -> None:
         """Wait until it stops by itself, and raise why: LogGone, InvalidRequest, or a bug."""

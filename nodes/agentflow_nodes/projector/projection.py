@@ -45,6 +45,14 @@ class Projection:
         self._config = config
         self._pause_s_first = pause_s
         self._damage = ""
+        self._moved = asyncio.Event()
+
+    async def caught_up(self) -> None:
+        """Wait until the file holds what the log holds now. Raises LogGone, Disconnected."""
+        target = (await self._log.identity()).last_seq
+        while self.projector is None or self.projector.seq < target:
+            self._moved.clear()
+            await self._moved.wait()
 
     async def run(self) -> None:
         """Follow for ever."""
@@ -98,7 +106,9 @@ class Projection:
         self.projector, self.database = projector, database
         self.opened.set()
         checking = asyncio.create_task(self._check(database), name=f"check {self.path.name}")
-        running = asyncio.create_task(projector.run(), name=f"projector {self.namespace}")
+        self._moved.set()
+        following = projector.run(progress=lambda _: self._moved.set())
+        running = asyncio.create_task(following, name=f"projector {self.namespace}")
         try:
             await asyncio.wait((checking, running), return_when=asyncio.FIRST_EXCEPTION)
         finally:
