@@ -31,6 +31,7 @@ from agentflow_projections.archive import (
     verify,
 )
 from agentflow_projections.chain import chained
+from agentflow_projections.columns import Columns
 from agentflow_projections.database import _arrow_schemas, sql
 
 _ZSTD_LEVEL: Final = 6
@@ -67,10 +68,9 @@ class Pile:
         """Keep rows, as columns: a hundred times smaller than as tuples."""
         for name, found in rows.items():
             schema = _arrow_schemas()[name]
-            columns = zip(schema, zip(*found, strict=True), strict=True)
-            table = pa.Table.from_arrays(
-                [pa.array(column, field.type) for field, column in columns], schema=schema
-            )
+            columns = found.columns() if isinstance(found, Columns) else zip(*found, strict=True)
+            arrays = [pa.array(column, field.type) for field, column in zip(schema, columns, strict=True)]
+            table = pa.Table.from_arrays(arrays, schema=schema)
             self._tables.setdefault(name, []).append(table)
 
     def tables(self) -> dict[str, Any]:

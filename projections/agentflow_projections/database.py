@@ -234,6 +234,19 @@ class Database:
             self._execute("DELETE FROM checkpoint")
             self._move_checkpoint(checkpoint, at_ms=at_ms)
 
+    def load(self, files: Mapping[str, Sequence[Path]], checkpoint: Checkpoint, *, at_ms: int) -> None:
+        """Add the rows of Parquet files by table, and move the checkpoint, in one transaction.
+
+        Raises as `commit` does.
+        """
+        self.check_there()
+        with self._still, self.transaction():
+            for table, paths in files.items():
+                statement = f'INSERT INTO "{table}" SELECT * FROM read_parquet(?)'  # noqa: S608 - our own name
+                self._execute(statement, [[str(path) for path in paths]])
+            self._execute("DELETE FROM checkpoint")
+            self._move_checkpoint(checkpoint, at_ms=at_ms)
+
     def copy_to(self, path: Path) -> None:
         """Copy the file as it is now, for reading elsewhere; commits wait meanwhile.
 

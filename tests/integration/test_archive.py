@@ -20,6 +20,8 @@ from agentflow.log.memory import MemoryLog, MemoryServer, MemoryStream
 from agentflow.log.port import Log, Message
 from agentflow.objects import MemoryObjectStore
 from agentflow_projections.archive import MANIFEST, STATE, UNFINISHED, Archive, ArchiveDamaged, verify
+from agentflow_projections.archive_load import load
+from agentflow_projections.archive_writer import archived_schema
 from agentflow_projections.archived_log import ArchivedLog
 from agentflow_projections.archiver import (
     ArchiveLocked,
@@ -28,6 +30,9 @@ from agentflow_projections.archiver import (
     Sealing,
 )
 from agentflow_projections.chain import START, chained
+from agentflow_projections.database import Database
+from agentflow_projections.hydrate import StateFile
+from agentflow_projections.projector import Projector
 from agentflow_projections.trimmed import fetch_snapshot
 from tests.unit.given import NAMESPACE
 from tests.unit.histories import History
@@ -337,3 +342,57 @@ async def test_only_the_latest_states_are_kept(world: World) -> None:
     await world.run()
     kept = [each.has_state for each in world.archive.stretches()]
     assert kept == [False] * (len(kept) - 2) + [True, True]
+
+
+def rows_of(database: Database) -> dict[str, list[tuple[Any, ...]]]:
+    names = [name for (name,) in database.ask("SELECT table_name FROM duckdb_tables() ORDER BY 1").fetchall()]
+    return {name: list(database.ask(f'FROM "{name}"').fetchall()) for name in names if name != "checkpoint"}
+
+
+async def project(log: Log, path: Path, until: int) -> Namespace:
+    with Database(path, NAMESPACE) as database:
+        projector = Projector(log, database)
+        await projector.open()
+        await projector.run(until=until)
+        await projector.close()
+        return projector.state
+
+
+async def test_a_history_is_loaded_from_the_archive_without_folding(world: World, tmp_path: Path) -> None:
+    await project(world.log, tmp_path / "folded.duckdb", 200)
+    await world.run()
+    kept = StateFile(tmp_path / "loaded.duckdb", NAMESPACE)
+    with Database(tmp_path / "loaded.duckdb", NAMESPACE) as loaded:
+        assert load(world.archive, loaded, await world.log.identity(), kept) == 200
+        with Database(tmp_path / "folded.duckdb", NAMESPACE) as folded:
+            assert rows_of(loaded) == rows_of(folded)
+    found = kept.read()
+    assert found is not None
+    assert (found.seq, found.chain) == (200, chain_of(world.messages[:200]))
+
+
+async def test_what_was_loaded_goes_on_with_the_live_log(world: World, tmp_path: Path) -> None:
+    world.stream.truncate(120)
+    await world.run(keep=EVERYTHING_OLD)
+    world.store(200)
+    path = tmp_path / "loaded.duckdb"
+    with Database(path, NAMESPACE) as loaded:
+        assert load(world.archive, loaded, await world.log.identity()) == 120
+    state = await project(world.log, path, 200)
+    assert state_hash(state) == state_hash(fold_of(world.messages[:200]))
+    async with ArchivedLog(world.log, world.folder) as whole:
+        await project(whole, tmp_path / "folded.duckdb", 200)
+    with Database(path, NAMESPACE) as loaded, Database(tmp_path / "folded.duckdb", NAMESPACE) as folded:
+        assert rows_of(loaded) == rows_of(folded)
+
+
+async def test_tables_of_another_release_are_not_loaded(world: World, tmp_path: Path) -> None:
+    await world.run()
+    first, second, *_ = world.archive.stretches()
+    for stretch in (second, first):
+        text = (stretch.folder / MANIFEST).read_text()
+        (stretch.folder / MANIFEST).write_text(text.replace(f'"schema": {archived_schema()}', '"schema": 1'))
+        with Database(None, NAMESPACE) as database:
+            expected = first.last_seq if stretch is second else 0
+            assert load(world.archive, database, await world.log.identity()) == expected
+            assert len(list(database.messages(after=0))) == expected
