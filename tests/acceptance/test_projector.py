@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -94,7 +95,7 @@ async def test_killed_again_and_again_under_load_it_loses_and_doubles_nothing(
         for _ in range(KILLS):
             projector = await cluster.process("projector", "--data", str(path.parent), *_KEEP)
             more = await last_seq(bus) + chance.randrange(200)
-            await eventually(lambda more=more: _reached(bus, more))  # type: ignore[misc] # its default is its type
+            await eventually(partial(_reached, bus, more))
             await projector.kill()
             begun.append(_checkpoint(path))
     found, _ = await project(cluster.url, path)
@@ -213,7 +214,7 @@ async def test_up_keeps_the_history_and_starts_its_master_from_there(tmp_path: P
         async with _up(tmp_path) as url:
             async with Client(url) as client:
                 assert await (await client.shell("echo done")) == "done"
-            await eventually(lambda count=count: _follows(tmp_path, count))  # type: ignore[misc] # its default is its type
+            await eventually(partial(_follows, tmp_path, count))
     log = (tmp_path / "log" / "master.log").read_text()
     assert log.count("no state was kept") == 1
     assert log.count("begun with a kept state") == 1
