@@ -61,6 +61,7 @@ COMMANDS: Final = (
     _Entry("masters", "masters", ASK, "List the masters: who leads what, and how far each has read."),
     _Entry("queue", "queue", ASK, "Show what waits, how long, and what fits no worker."),
     _Entry("why", "why", ASK, "Explain why a task waits, and why what happened to it happened."),
+    _Entry("what-if", "what_if", ASK, "Let a stretch of history happen again under another policy."),
     _Entry("diff", "diff", ASK, "Compare two runs of a workflow, task by task."),
     _Entry("export", "export", ASK, "Write a stretch of history to one file, to be read without a server."),
     _Entry("replay", "replay", ASK, "Make the state anew from the log, and compare a projection with it."),
@@ -106,7 +107,7 @@ def build(arguments: Sequence[str]) -> Callable[..., Any]:
     for command in COMMANDS:
         if command.name == wanted or _COMPLETION in os.environ:
             module = importlib.import_module(f"agentflow_nodes.cli.{command.module}")
-            call = getattr(module, f"{command.name}_command")
+            call = getattr(module, f"{command.name.replace('-', '_')}_command")
             app.command(command.name, cls=Command, rich_help_panel=command.panel)(call)
         else:
             app.command(command.name, help=command.summary, rich_help_panel=command.panel)(_not_loaded)
