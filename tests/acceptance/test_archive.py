@@ -18,6 +18,8 @@ from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Done, Frame, Message
 from agentflow_nodes.archiver.node import ArchiverConfig, ArchiverNode
 from agentflow_nodes.cli.errors import Exit
+from agentflow_nodes.projector.config import ProjectorConfig
+from agentflow_nodes.projector.node import ProjectorNode
 from agentflow_projections.archive import UNFINISHED, Archive, verify
 from agentflow_projections.archived_log import ArchivedLog
 from agentflow_projections.archiver import Keep, Sealing
@@ -164,6 +166,15 @@ async def test_the_daemon_trims_while_a_cluster_works(
             await master.__aexit__(None, None, None)
             await eventually(lambda: late.leading)
             assert await (await client.submit(add, 2, 2)).result(20) == 4
+            # A history begun now has what was trimmed all the same.
+            projecting = ProjectorConfig(url=nats_server.url, data=tmp_path / "history", archive=tmp_path)
+            async with ProjectorNode(projecting) as projector:
+                projection = projector.projections["default"]
+                await projection.caught_up()
+                assert projection.database is not None
+                query = "SELECT count(*), count(DISTINCT seq), min(seq), max(seq) FROM frames"
+                ((count, *found),) = projection.database.ask(query).fetchall()
+                assert found == [count, 1, count]
             messages = await whole(log, tmp_path)
             assert [each.seq for each in messages] == list(range(1, messages[-1].seq + 1))
             elections = [each for each in messages if each.subject == wire.elected("default")]

@@ -25,6 +25,12 @@ def projector_command(  # noqa: PLR0913, PLR0917 - options
             help="Where the DuckDB files are: <namespace>.duckdb, and what belongs to it.",
         ),
     ] = Path(".agentflow/history"),
+    archive: Annotated[
+        Path | None,
+        typer.Option(
+            "--archive", metavar="DIR", help="Where 'agentflow archive' keeps what was trimmed from the log."
+        ),
+    ] = None,
     name: Annotated[
         str, typer.Option("--name", help="Its name; by default one with host and process id.")
     ] = "",
@@ -59,6 +65,7 @@ def projector_command(  # noqa: PLR0913, PLR0917 - options
         agentflow projector
         agentflow projector --data /var/lib/agentflow/history --namespace shop,mail
         agentflow projector --all-namespaces
+        agentflow projector --archive /var/lib/agentflow/archive
     """
     namespaces = named(namespace)
     if not (namespaces or all_namespaces):
@@ -70,6 +77,7 @@ def projector_command(  # noqa: PLR0913, PLR0917 - options
         discover=all_namespaces,
         name=name or default_name("projector"),
         data=data,
+        archive=archive,
         replicas=check_replicas(replicas),
         memory_mb=memory_mb,
         keep_events=keep_events,

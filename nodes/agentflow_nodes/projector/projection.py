@@ -16,6 +16,9 @@ from agentflow.errors import LogGone, OperatingError
 from agentflow.log.port import Log
 from agentflow.logs import get_logger
 from agentflow_nodes.projector.config import ProjectorConfig
+from agentflow_projections.archive import Archive
+from agentflow_projections.archive_load import load
+from agentflow_projections.archived_log import ArchivedLog
 from agentflow_projections.database import Database, DatabaseDamaged
 from agentflow_projections.hydrate import StateFile, history_path
 from agentflow_projections.projector import Projector
@@ -90,7 +93,8 @@ class Projection:
                 await asyncio.to_thread(database.begin_anew, self._damage)
                 self._damage = ""
             kept = StateFile(self.path, self.namespace)
-            projector = Projector(self._log, database, kept, keep_events=self._config.keep_events)
+            log = await self._with_archive(database, kept)
+            projector = Projector(log, database, kept, keep_events=self._config.keep_events)
             try:
                 await self._run(projector, database)
             finally:
@@ -99,6 +103,22 @@ class Projection:
                 await projector.close()
         finally:
             await asyncio.to_thread(database.__exit__, None, None, None)
+
+    async def _with_archive(self, database: Database, kept: StateFile) -> Log:
+        """The log, and before it the archive, if there is one; a file that is empty is filled from that.
+
+        Raises LogGone if they do not belong together, ArchiveDamaged.
+        """
+        folder = self._config.archive
+        if folder is None:
+            return self._log
+        whole = await ArchivedLog(
+            self._log, folder
+        ).__aenter__()  # nothing to release: the log is not its own
+        if database.checkpoint() is None:
+            archive, identity = Archive(folder, self.namespace), await self._log.identity()
+            await asyncio.to_thread(load, archive, database, identity, kept)
+        return whole
 
     async def _run(self, projector: Projector, database: Database) -> None:
         await projector.open()
