@@ -37,7 +37,7 @@ def export_command(  # noqa: PLR0913, PLR0917 - options
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a stretch of history to one file that can be read anywhere, without a server.
+    """Write a stretch of history to one file, to be read without a server.
 
     The file holds the messages of the stretch and the state before it. Arguments, results and
     outputs of tasks are in it as they are in the log: look whom you give it to.

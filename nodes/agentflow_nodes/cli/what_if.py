@@ -68,9 +68,9 @@ def what_if_command(  # noqa: PLR0913, PLR0917 - options
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Let a stretch of history happen again under another policy, in simulated time.
+    """Let a stretch of history happen again under another policy.
 
-    Three columns: what happened; what the simulation makes of it with nothing changed, which tells
+    Time is simulated. Three columns: what happened; what the simulation makes of it with nothing changed, which tells
     how far to trust it; and what it makes of it with the change. Nothing is written anywhere.
 
     For example:

@@ -44,7 +44,7 @@ def why_command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Explain why a task waits, and why all that happened to it happened.
+    """Explain why a task waits, and why what happened to it happened.
 
     Everything is had from the log: each decision names what the leader knew, so that its plan
     can be made again. For each attempt it is told why it went to that worker, and what kept the
