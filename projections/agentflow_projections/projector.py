@@ -25,6 +25,7 @@ from agentflow.ending import end_tasks
 from agentflow.errors import LogGone
 from agentflow.frames import judge
 from agentflow.log.port import Identity, Log
+from agentflow.log.stream import trimmed_off
 from agentflow.logs import get_logger
 from agentflow_projections.chain import START, chained
 from agentflow_projections.database import Checkpoint, Database, DatabaseDamaged
@@ -111,6 +112,8 @@ class Projector:
         checkpoint = await self._in_thread(lambda: self._take_up(identity))
         if checkpoint is None:
             checkpoint = Checkpoint(identity.name, identity.created_ns, 1, 0, START)
+        if identity.trimmed_seq > checkpoint.seq:
+            raise trimmed_off(identity, checkpoint.seq + 1)
         if identity.first_seq > checkpoint.seq + 1:
             raise LogGone(
                 f"the history reaches up to {checkpoint.seq}, but {identity.name} begins at {identity.first_seq}:"

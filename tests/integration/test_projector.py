@@ -24,6 +24,8 @@ from agentflow_projections.projector import Projector
 from tests.unit.given import NAMESPACE, fold_all
 from tests.unit.histories import History
 
+pytestmark = pytest.mark.untimed
+
 SEEDS = st.integers(0, 2**32)
 
 
