@@ -140,7 +140,7 @@ async def test_the_commands_work_in_the_order_shown(tour: Tour) -> None:
 
 
 def test_every_command_is_in_its_table_with_what_help_says_of_it() -> None:
-    rows: list[tuple[str, str]] = re.findall(r"^\| `agentflow (\w+)` \| (.*) \|$", README, re.MULTILINE)
+    rows: list[tuple[str, str]] = re.findall(r"^\| `agentflow ([\w-]+)` \| (.*) \|$", README, re.MULTILINE)
     assert sorted(rows) == sorted((command.name, command.summary) for command in COMMANDS)
 
 
