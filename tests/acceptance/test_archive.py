@@ -16,7 +16,7 @@ from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Done, Frame, Message
-from agentflow_nodes.archiver.node import ArchiverConfig, ArchiverNode
+from agentflow_nodes.archiver.node import ArchiverConfig, ArchiverNode, archiver_of
 from agentflow_nodes.cli.errors import Exit
 from agentflow_nodes.projector.config import ProjectorConfig
 from agentflow_nodes.projector.node import ProjectorNode
@@ -179,6 +179,24 @@ async def test_the_daemon_trims_while_a_cluster_works(
             assert [each.seq for each in messages] == list(range(1, messages[-1].seq + 1))
             elections = [each for each in messages if each.subject == wire.elected("default")]
             assert await log.last(wire.elected("default")) == elections[-1]
+
+
+async def test_a_replay_reads_archive_and_log_as_one(
+    nats_server: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    config = ArchiverConfig(folder=tmp_path, url=nats_server.url, keep=Keep(age_s=0, young_s=0))
+    async with JetStreamLog(bus, "default") as log:
+        await submit(log, 0, 200)
+        before = await agentflow(nats_server.url, "replay", "--json")
+        assert before.status == 0, before.err
+        async with archiver_of(config, bus, log) as archiver:
+            await archiver.run(until=30)
+        assert (await log.identity()).first_seq == 31
+        ran = await agentflow(nats_server.url, "replay", "--json")
+        assert (ran.status, "trimmed" in ran.err) == (Exit.OPERATING, True)
+        ran = await agentflow(nats_server.url, "replay", "--file", str(tmp_path), "--json")
+        assert ran.status == 0, ran.err
+        assert (ran.json["hash"], ran.json["first_seq"]) == (before.json["hash"], 1)
 
 
 async def test_a_backup_comes_back_by_command(nats_server: NatsServer, bus: Bus, tmp_path: Path) -> None:

@@ -25,7 +25,9 @@ MOMENT_HELP: Final = "a position, a time like 2026-11-21T17:00 (UTC), or -10m"
 NoFile = Annotated[
     str,
     typer.Option(
-        "--file", metavar="FILE", help="Read an exported incident instead of the log; needs no server."
+        "--file",
+        metavar="FILE|DIR",
+        help="Read an exported incident instead of the log (needs no server), or an archive before the log.",
     ),
 ]
 
@@ -47,7 +49,16 @@ def parse_until(option: str, text: str | None) -> Until:
 
 @asynccontextmanager
 async def open_past(where: Target, file: str) -> AsyncGenerator[Past]:
-    """The namespace's history: out of a file if one is named, else as the log has it now."""
+    """The namespace's history: out of a file if one is named, else as the log has it now.
+
+    A folder is an archive: what the log lost by trimming is read from there.
+    """
+    if _is_folder(file):
+        from agentflow_projections.archived_log import ArchivedLog  # noqa: PLC0415 - it loads pyarrow
+
+        async with open_log(where) as log, ArchivedLog(log, Path(file)) as whole:
+            yield await LoggedPast.of(whole)
+        return
     if file:
         from agentflow_projections.export import ExportedPast  # noqa: PLC0415 - it loads pyarrow
 
@@ -55,6 +66,10 @@ async def open_past(where: Target, file: str) -> AsyncGenerator[Past]:
         return
     async with open_log(where) as log:
         yield await LoggedPast.of(log)
+
+
+def _is_folder(file: str) -> bool:
+    return bool(file) and Path(file).is_dir()
 
 
 @contextmanager
