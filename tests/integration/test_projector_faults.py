@@ -16,15 +16,20 @@ import duckdb
 import pytest
 
 from agentflow.ending import end_tasks
-from agentflow.errors import InvalidRequest, LogGone
+from agentflow.errors import InvalidRequest, LogGone, LogTrimmed
 from agentflow.log.memory import MemoryLog
+from agentflow.objects import MemoryObjectStore
 from agentflow_nodes.projector.config import ProjectorConfig
 from agentflow_nodes.projector.projection import Projection
+from agentflow_projections.archive import Archive
+from agentflow_projections.archiver import Archiver, Keep, Sealing
 from agentflow_projections.database import Database, DatabaseDamaged, DatabaseLocked
 from tests.disks import require_root, small_disk
 from tests.eventually import eventually
 from tests.integration.test_projector import World, expected_rows, rows_of
 from tests.unit.given import NAMESPACE
+
+pytestmark = pytest.mark.untimed
 
 HALF = 60
 _PAUSE_S = 0.01
@@ -36,10 +41,14 @@ def world(tmp_path: Path) -> World:
 
 
 @asynccontextmanager
-async def following(world: World) -> AsyncGenerator[tuple[Projection, asyncio.Task[None]]]:
+async def following(
+    world: World, archive: Path | None = None
+) -> AsyncGenerator[tuple[Projection, asyncio.Task[None]]]:
     """A projection at work, as the daemon has it."""
     async with MemoryLog(world.server, NAMESPACE) as log:
-        projection = Projection(log, ProjectorConfig(data=world.path.parent), pause_s=_PAUSE_S)
+        projection = Projection(
+            log, ProjectorConfig(data=world.path.parent, archive=archive), pause_s=_PAUSE_S
+        )
         running = asyncio.create_task(projection.run())
         try:
             yield projection, running
@@ -292,6 +301,51 @@ async def test_a_log_that_is_another_ends_the_projection(world: World) -> None:
         with pytest.raises(LogGone, match="the log ends at 5"):
             await asyncio.wait_for(running, 20)
     assert rows_of(world.path) == before
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+async def test_of_a_log_that_was_trimmed_it_is_made_from_the_archive(
+    loaded: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.store()
+    await world.project()
+    expected = await expected_rows(world, tmp_path)
+    archive = await _archive_and_trim(world, tmp_path / "archive")
+    if not loaded:  # it was sealed by a release with other tables
+        monkeypatch.setattr("agentflow_projections.archive_load.archived_schema", lambda: "other")
+    world.path.write_text("damaged")
+    async with following(world, archive) as (projection, _):
+        await has_all(projection, world)
+    found = rows_of(world.path)
+    assert {name: sorted(rows, key=repr) for name, rows in found.items()} == {
+        name: sorted(rows, key=repr) for name, rows in expected.items()
+    }
+
+
+async def _archive_and_trim(world: World, folder: Path) -> Path:
+    clock = world.stream.messages[-1].time_ns / 1e9 + 1
+    async with MemoryLog(world.server, NAMESPACE) as log:
+        archiver = Archiver(
+            log,
+            Archive(folder, NAMESPACE),
+            MemoryObjectStore(),
+            clock=lambda: clock,
+            keep=Keep(age_s=0, young_s=0),
+            sealing=Sealing(events=20, state_every_s=0),
+        )
+        async with archiver:
+            await archiver.run(until=world.stream.last_seq)
+            await archiver.trim()
+        assert (await log.identity()).trimmed_seq > HALF
+    return folder
+
+
+async def test_without_the_archive_it_says_what_is_missing(world: World, tmp_path: Path) -> None:
+    world.store()
+    await _archive_and_trim(world, tmp_path / "archive")
+    async with following(world) as (_, running):
+        with pytest.raises(LogTrimmed, match="read it from the archive"):
+            await asyncio.wait_for(running, 20)
 
 
 async def test_a_file_that_cannot_be_made_good_is_not_fought_over(
