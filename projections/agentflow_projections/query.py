@@ -157,7 +157,10 @@ def _same(value: Any) -> Any:
 
 
 def _nested(value: str | None) -> Any:
-    return None if value is None else msgspec.json.decode(value)
+    try:
+        return None if value is None else msgspec.json.decode(value)
+    except msgspec.DecodeError:  # DuckDB writes NaN and Infinity, which JSON does not know
+        return value
 
 
 def _float(value: float | None) -> float | str | None:

@@ -84,6 +84,10 @@ def test_values_are_what_json_knows(reader: Reader) -> None:
     ]
 
 
+def test_what_json_has_no_word_for_is_text(reader: Reader) -> None:
+    assert ask(reader, "SELECT ['nan'::DOUBLE, 1]") == [["[NaN,1.0]"]]
+
+
 @pytest.mark.parametrize(
     ("sql", "found"),
     [
