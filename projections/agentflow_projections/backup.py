@@ -61,8 +61,9 @@ _PIECE_BYTES_FIRST: Final = 8 * 1024
 _PIECE_BYTES_MIN: Final = 512
 _PIECE_S_FAST: Final = 0.2
 _PIECE_S_SLOW: Final = 1.0
-_IN_USE: Final = 10130
-# A restore that was cut off blocks its stream until the server gives it up.
+# A restore that was cut off blocks its stream until the server gives it up; servers that just
+# started look for each other, and elect.
+_NOT_NOW: Final = frozenset({10130, 10005, 10008})
 _BLOCKED_S_MAX: Final = 30.0
 _ASK_AGAIN_S: Final = 0.5
 _ATTEMPTS_MAX: Final = 3
@@ -338,7 +339,7 @@ async def _bring_back(
 
 
 async def _announce(bus: Bus, name: str, payload: dict[str, Any]) -> str:
-    """Where to send the snapshot. Whoever was interrupted before us is waited for."""
+    """Where to send the snapshot. Whoever was interrupted before us is waited for, and servers that elect."""
     loop = asyncio.get_running_loop()
     until = loop.time() + _BLOCKED_S_MAX
     while True:
@@ -347,7 +348,7 @@ async def _announce(bus: Bus, name: str, payload: dict[str, Any]) -> str:
                 await ask(bus, f"STREAM.RESTORE.{name}", payload, _Restore, _API_TIMEOUT_S)
             ).deliver_subject
         except ApiFailed as failed:
-            if failed.error.err_code != _IN_USE or loop.time() > until:
+            if failed.error.err_code not in _NOT_NOW or loop.time() > until:
                 raise OperatingError(f"stream {name} cannot be restored: {failed}") from failed
         await asyncio.sleep(_ASK_AGAIN_S)
 

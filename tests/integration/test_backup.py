@@ -25,7 +25,7 @@ from agentflow_projections.trimmed import fetch_snapshot
 from tests import app
 from tests.cluster import Cluster
 from tests.integration.test_archive import fold_of
-from tests.servers import NatsServer
+from tests.servers import NatsCluster, NatsServer
 from tests.unit.given import NAMESPACE
 from tests.unit.histories import History
 
@@ -133,6 +133,16 @@ async def test_an_interrupted_restore_is_run_again(tmp_path: Path, after: int) -
         async with JetStreamLog(bus, NAMESPACE, create=False) as log:
             assert await read_all(log) == messages
         assert await restore(bus, tmp_path) == []
+
+
+async def test_what_was_on_one_server_comes_back_on_three(tmp_path: Path) -> None:
+    messages = await saved(tmp_path)
+    async with NatsCluster() as cluster, Bus(cluster.urls, name="t") as bus:
+        await restore(bus, tmp_path, replicas=3)
+        async with JetStreamLog(bus, NAMESPACE, replicas=3, create=False) as log:
+            assert (await log.identity()).replicas == 3
+            assert await read_all(log) == messages
+            assert await restore(bus, tmp_path, replicas=3) == []
 
 
 async def test_a_server_killed_while_it_restores_begins_anew(tmp_path: Path) -> None:

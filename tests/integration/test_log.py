@@ -11,8 +11,8 @@ import pytest
 
 from agentflow import wire
 from agentflow.bus import Bus
-from agentflow.errors import LogGone, LogTrimmed, StreamMismatch
-from agentflow.log import follow, jetstream
+from agentflow.errors import Disconnected, LogGone, LogTrimmed, StreamMismatch
+from agentflow.log import follow, jetstream, trim
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.memory import Fault, MemoryLog, MemoryServer
 from agentflow.log.port import Done, Fence, Frame, Log, Message, Reason, Refused, TrimmableLog, Unknown
@@ -255,6 +255,31 @@ class TestJetStreamLog(LogConformance):
         identity = await logs.other.identity()
         assert (identity.first_seq, identity.last_seq, identity.trim) == (41, 49, trim_to(40))
         assert await logs.other.append(frame(50), fence=Fence(ELECTED, 1)) == Done(50)
+
+    async def test_a_trim_that_was_cut_off_is_finished_by_the_next(
+        self, logs: Logs, bus: Bus, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for number, subject in enumerate((ELECTED, SUBMITTED, ASSIGNED, SUBMITTED, ASSIGNED), 1):
+            await logs.log.append(frame(number, subject))
+        purge, calls = trim._purge, 0
+
+        async def cut_off(*arguments: Any) -> int:
+            nonlocal calls
+            calls += 1
+            if calls > 2:
+                raise Disconnected("cut off")
+            return await purge(*arguments)
+
+        monkeypatch.setattr(trim, "_purge", cut_off)
+        with pytest.raises(Disconnected):
+            await logs.log.trim(trim_to(4))
+        assert (await logs.other.identity()).first_seq == 5
+        with pytest.raises(LogTrimmed):
+            await anext(logs.other.follow(0))
+        monkeypatch.undo()
+        assert calls == 3
+        assert await logs.log.trim(trim_to(4)) == 2
+        assert [await logs.other.read(seq) for seq in (2, 3, 4)] == [None] * 3
 
     async def test_a_record_of_trimming_that_cannot_be_read_is_told(self, logs: Logs, bus: Bus) -> None:
         config = log_config(NAMESPACE, replicas=1, bytes_max=-1) | {"metadata": {"af-trim": "{}"}}
