@@ -27,7 +27,7 @@ from agentflow.frames import decode_any, encode, judge
 from agentflow.limits import LEVEL
 from agentflow.log.port import Message
 from agentflow_projections.database import Database
-from agentflow_projections.past import TO_THE_END, Past, Progress, Until, walk
+from agentflow_projections.past import TO_THE_END, Past, Progress, Until, begin_by, walk
 from agentflow_projections.replay import project
 
 FORM: Final = 1
@@ -71,8 +71,7 @@ async def export(
 
     Raises InvalidRequest if there is nothing in the stretch, and what the past raises.
     """
-    state = past.begin()
-    await walk(past, state, _folding(state), until=just_before(begin), progress=progress)
+    state = await state_before(past, begin, progress)
     basis = state.seq
     fresh = path.with_name(f".{path.name}.new")
     try:
@@ -90,13 +89,20 @@ async def export(
     return Extent(FORM, past.namespace, basis, state.seq)
 
 
-def just_before(begin: Until) -> Until:
-    """Up to what lies before the beginning of a stretch; nothing does if it has none."""
+async def state_before(past: Past, begin: Until, progress: Progress | None = None) -> Namespace:
+    """The state before a stretch that begins with a position or a time; with neither, that of the past itself.
+
+    Raises InvalidRequest if the past begins later.
+    """
     if begin == TO_THE_END:
-        return Until(seq=0)
-    return Until(
-        seq=None if begin.seq is None else begin.seq - 1, ms=None if begin.ms is None else begin.ms - 1
+        return past.begin()
+    before = Until(
+        seq=None if begin.seq is None else max(0, begin.seq - 1),
+        ms=None if begin.ms is None else begin.ms - 1,
     )
+    state = begin_by(past, before)
+    await walk(past, state, _folding(state), until=before, progress=progress)
+    return state
 
 
 def _folding(state: Namespace) -> Callable[[Message], None]:

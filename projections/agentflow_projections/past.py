@@ -12,8 +12,10 @@ from typing import Final, Protocol, Self, cast
 
 from msgspec import Struct
 
+from agentflow.domain.snapshot import restore
 from agentflow.domain.state import Namespace
-from agentflow.errors import OperatingError
+from agentflow.errors import InvalidRequest, OperatingError
+from agentflow.limits import LEVEL
 from agentflow.log.port import Log, Message
 
 Progress = Callable[[int, int], None]
@@ -64,19 +66,34 @@ class Past(Protocol):
         ...
 
 
-class LoggedPast:
-    """The past as the log has it, from its beginning to where it ends now."""
+def begin_by(past: Past, until: Until) -> Namespace:
+    """The state a past begins with. Raises InvalidRequest if that lies behind what is wanted of it."""
+    state = past.begin()
+    too_late = until.seq is not None and until.seq < state.seq
+    if too_late or (state.seq and until.ms is not None and until.ms < state.clock_ms):
+        raise InvalidRequest(
+            f"this history begins with the state at position {state.seq}: what is wanted lies before it"
+        )
+    return state
 
-    def __init__(self, log: Log, first_seq: int, last_seq: int) -> None:
+
+class LoggedPast:
+    """The past as the log has it, from its beginning to where it ends now.
+
+    Of a log that was trimmed only what follows `begun`, a snapshot of the state, can be had.
+    """
+
+    def __init__(self, log: Log, first_seq: int, last_seq: int, begun: bytes | None = None) -> None:
         self._log = log
         self._first_seq = first_seq
         self._last_seq = last_seq
+        self._begun = begun
 
     @classmethod
-    async def of(cls, log: Log) -> Self:
+    async def of(cls, log: Log, begun: bytes | None = None) -> Self:
         """The log as it is now. Raises LogGone, Disconnected."""
         identity = await log.identity()
-        return cls(log, identity.first_seq, identity.last_seq)
+        return cls(log, identity.first_seq, identity.last_seq, begun)
 
     @property
     def namespace(self) -> str:
@@ -90,9 +107,11 @@ class LoggedPast:
 
     def begin(self) -> Namespace:
         """Nothing, if the log still has its beginning."""
+        if self._begun is not None:
+            return restore(self._begun, knows=LEVEL)
         if self._first_seq > 1 and self._last_seq:
             raise OperatingError(
-                f"the log begins at {self._first_seq}: what came before was trimmed, and with it the state there"
+                f"the log begins at {self._first_seq}: what came before was trimmed; an archive may have it"
             )
         return Namespace(self.namespace)
 

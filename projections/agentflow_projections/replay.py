@@ -24,7 +24,7 @@ from agentflow.frames import judge
 from agentflow.log.port import Message
 from agentflow_projections.chain import START, chained
 from agentflow_projections.database import Checkpoint, Database, sql
-from agentflow_projections.past import TO_THE_END, Past, Progress, Until, walk
+from agentflow_projections.past import TO_THE_END, Past, Progress, Until, begin_by, walk
 from agentflow_projections.rows import Recorder
 from agentflow_projections.seed import seed
 
@@ -106,7 +106,7 @@ class _Counts:
 
 async def replay(past: Past, *, until: Until = TO_THE_END, progress: Progress | None = None) -> Replayed:
     """Fold the past from its beginning."""
-    state, counts = past.begin(), _Counts()
+    state, counts = begin_by(past, until), _Counts()
     first_seq = state.seq + 1
     begun = time.perf_counter()
 
@@ -154,7 +154,7 @@ async def project(
     progress: Progress | None = None,
 ) -> Namespace:
     """Write a past into an empty database: first what its first state knows, then what follows."""
-    state = past.begin()
+    state = begin_by(past, until)
     begin = Checkpoint(f"past of {past.namespace}", 0, state.seq + 1, state.seq, START)
     if state.seq:
         database.commit(seed(state), begin, at_ms=state.clock_ms)

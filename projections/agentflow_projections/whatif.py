@@ -13,7 +13,7 @@ from agentflow.errors import InvalidRequest
 from agentflow.frames import judge
 from agentflow.limits import LEVEL
 from agentflow.log.port import Message
-from agentflow_projections.export import just_before
+from agentflow_projections.export import state_before
 from agentflow_projections.past import TO_THE_END, Past, Progress, Until, walk
 
 
@@ -46,8 +46,7 @@ async def what_if(
     progress: Progress | None = None,
 ) -> WhatIf:
     """Simulate a stretch. Raises InvalidRequest if the change makes no sense there."""
-    state = past.begin()
-    await walk(past, state, _Folding(state), until=just_before(begin), progress=progress)
+    state = await state_before(past, begin, progress)
     basis, begun = state.seq, snapshot(state)
     recording = Recording(state)
     await walk(past, state, _Folding(state, recording), until=until, progress=progress)
@@ -72,11 +71,11 @@ async def what_if(
 
 
 class _Folding:
-    """Folds messages, and lets a recording look on."""
+    """Folds messages while a recording looks on."""
 
-    def __init__(self, state: Namespace, recording: Recording | None = None) -> None:
+    def __init__(self, state: Namespace, recording: Recording) -> None:
         self._state = state
-        self._observe = recording.observe if recording is not None else None
+        self._observe = recording.observe
 
     def __call__(self, message: Message) -> None:
         judged = judge(message.subject, message.data, message.headers)

@@ -21,7 +21,7 @@ from agentflow.events import TaskAssigned
 from agentflow.frames import judge
 from agentflow.limits import LEVEL
 from agentflow.log.port import Message
-from agentflow_projections.past import TO_THE_END, Past, Progress, Until, walk
+from agentflow_projections.past import TO_THE_END, Past, Progress, Until, begin_by, walk
 
 PLACEMENTS_MAX: Final = 20
 """Most assignments of one task that are explained, the latest."""
@@ -55,7 +55,7 @@ async def why(
     progress: Progress | None = None,
 ) -> Answer:
     """Explain a task. `now_ms`: the log time it is asked at, if later than what is read."""
-    teller = _Teller(past.begin(), wanted)
+    teller = _Teller(begin_by(past, until), wanted)
     await walk(past, teller.state, teller.apply, until=until, progress=progress)
     state, story = teller.state, teller.story
     time_ms = max(state.clock_ms, until.ms or 0, now_ms or 0)

@@ -126,3 +126,12 @@ async def test_a_damaged_file_is_an_error_and_no_answer(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(OperatingError):
         await replay(past)
+
+
+async def test_what_lies_before_the_file_is_not_in_it(tmp_path: Path) -> None:
+    past = await exported(logged(), tmp_path / "x.parquet", Until(seq=60))
+    for asked in (replay(past, until=Until(seq=58)), why(past, "t1", until=Until(seq=58))):
+        with pytest.raises(InvalidRequest, match="begins with the state at position 59"):
+            await asked
+    with pytest.raises(InvalidRequest, match="begins with the state at position 59"):
+        await export(past, tmp_path / "y.parquet", begin=Until(seq=10))

@@ -9,10 +9,12 @@ from typing import Any
 import duckdb
 import pytest
 
-from agentflow.domain.snapshot import state_hash
-from agentflow.errors import InvalidRequest
+from agentflow.domain.snapshot import snapshot, state_hash
+from agentflow.errors import InvalidRequest, OperatingError
+from agentflow.log.memory import MemoryLog, MemoryServer
+from agentflow.log.port import Frame
 from agentflow_projections.database import Database
-from agentflow_projections.past import Until
+from agentflow_projections.past import LoggedPast, Until
 from agentflow_projections.query import Question, Reader
 from agentflow_projections.replay import Verified, project, replay, verify
 from tests.unit.given import NAMESPACE, fold_all
@@ -139,3 +141,18 @@ async def test_a_projection_ahead_of_the_log_is_none_of_it(told: Told, projected
     shorter = Told(History(SEED).run(20))
     with pytest.raises(InvalidRequest, match="the log only to"):
         await compared(shorter, projected)
+
+
+async def test_of_a_trimmed_log_what_follows_the_snapshot_can_be_had(told: Told) -> None:
+    server = MemoryServer()
+    stream = server.create(NAMESPACE)
+    messages = History(SEED).run(300)
+    for each in messages:
+        stream.store(Frame(each.subject, each.data, None, each.headers), None, each.time_ns)
+    stream.purge(101)
+    async with MemoryLog(server, NAMESPACE) as log:
+        with pytest.raises(OperatingError, match="trimmed"):
+            await replay(await LoggedPast.of(log))
+        past = await LoggedPast.of(log, snapshot(fold_all(messages[:100])))
+        replayed = await replay(past)
+    assert (replayed.first_seq, replayed.hash) == (101, state_hash(fold_all(messages)))

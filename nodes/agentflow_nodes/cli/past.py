@@ -11,11 +11,16 @@ from typing import Annotated, Final
 
 import typer
 
+from agentflow.bus import Bus
+from agentflow.domain.snapshot import snapshot
 from agentflow.errors import InvalidRequest
+from agentflow.log.port import Log
+from agentflow.objects import ObjectStore
 from agentflow_nodes.cli.errors import usage
-from agentflow_nodes.cli.output import console
-from agentflow_nodes.cli.session import Target, open_log
+from agentflow_nodes.cli.output import console, say
+from agentflow_nodes.cli.session import CLIENT_NAME, REACH_TIMEOUT_S, Target, open_log
 from agentflow_projections.past import LoggedPast, Past, Until
+from agentflow_projections.trimmed import fetch_snapshot
 
 _QUIET_S: Final = 0.5
 
@@ -65,7 +70,17 @@ async def open_past(where: Target, file: str) -> AsyncGenerator[Past]:
         yield ExportedPast.read(Path(file))
         return
     async with open_log(where) as log:
-        yield await LoggedPast.of(log)
+        yield await LoggedPast.of(log, await _begun(where, log))
+
+
+async def _begun(where: Target, log: Log) -> bytes | None:
+    """What stands for the part of the log that was trimmed; None: none was."""
+    if (await log.identity()).trim is None:
+        return None
+    async with Bus(where.urls, name=f"agentflow {CLIENT_NAME}", connect_timeout_s=REACH_TIMEOUT_S) as bus:
+        state, _ = await fetch_snapshot(log, ObjectStore(bus, where.namespace))
+    say(f"the log was trimmed: history begins at position {state.seq}; --file ARCHIVE has what came before")
+    return snapshot(state)
 
 
 def _is_folder(file: str) -> bool:
