@@ -78,6 +78,10 @@ bench-peers *arguments:
 bench-locks *arguments:
     uv run --isolated --group peers python -m tests.bench.bench_locks "$@"
 
+# Measure the history: replay, lag, questions, archive; beside event stores, in an environment of their own
+bench-history *arguments:
+    uv run --isolated --group peers python -m tests.bench.bench_history "$@"
+
 # Bring the generated parts of the documentation in step with the code
 docs:
     python -m tests.docs_from_code

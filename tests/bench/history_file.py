@@ -78,7 +78,7 @@ def build(folder: Path, events: int) -> None:
     kept.write(kept.prepare(state, (_STREAM, 1), building.chain))
 
 
-def _timed(reader: Reader, question: Question) -> tuple[float, int]:
+def timed(reader: Reader, question: Question) -> tuple[float, int]:
     """Seconds to the last row of an answer, and how many rows there are."""
     begun = time.perf_counter()
     with reader.ask(question) as answer:
@@ -100,7 +100,7 @@ def ready_made_queries(reader: Reader) -> dict[str, float]:
     }
     took = {}
     for name, ready in ready_made().items():
-        took[name], rows = _timed(reader, _asked(ready, known))
+        took[name], rows = timed(reader, _asked(ready, known))
         assert rows or name == "locks", f"{name} answered nothing"
     return took
 
@@ -113,7 +113,7 @@ def as_of(reader: Reader) -> dict[str, float]:
     """Seconds each question takes as of any of some positions, at worst."""
     last = reader.position
     return {
-        name: max(_timed(reader, Question(query, as_of=max(1, int(last * share))))[0] for share in _MOMENTS)
+        name: max(timed(reader, Question(query, as_of=max(1, int(last * share))))[0] for share in _MOMENTS)
         for name, query in AS_OF.items()
     }
 
