@@ -67,10 +67,6 @@ TARGETS: Final[dict[str, tuple[str, float | None, bool]]] = {
     "postgres_replay_per_s": ("PostgreSQL, one table: events read in order/s", None, True),
     "postgres_as_of_s": ("PostgreSQL, one table: states as of a position, s", None, False),
     "agentflow_as_of_s": ("AgentFlow, the same events: states as of a position, s", None, False),
-        "AgentFlow, the same events: read and folded, all tables; events/s",
-        None,
-        True,
-    ),
 }
 
 Figures = dict[str, Any]
