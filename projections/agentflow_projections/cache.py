@@ -46,7 +46,7 @@ async def refresh(
     until = max(identity.last_seq, at_least)
     _forget_old(folder)
     async with _open(path, log.namespace) as database:
-        projector = Projector(log, database, StateFile(path.parent / "state", log.namespace))
+        projector = Projector(log, database, StateFile(path, log.namespace))
         try:
             await projector.open()
             await _run(projector, until, wait_s if at_least > identity.last_seq else None, progress)

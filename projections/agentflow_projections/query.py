@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from agentflow.errors import InvalidRequest, OperatingError
-from agentflow_projections.database import _ours
+from agentflow_projections.database import Database, _ours
 
 BATCH_ROWS: Final = 2_048
 """Rows that are handed on at once."""
@@ -192,6 +192,8 @@ class Reader:
         self._connection: Any = None
 
     def __enter__(self) -> Self:
+        if self._connection is not None:
+            return self
         with _errors():
             self._connection = duckdb.connect(str(self.path), read_only=True, config=self._config)
         return self
@@ -203,6 +205,13 @@ class Reader:
         if connection is not None:
             with suppress(duckdb.Error):
                 connection.close()
+
+    @classmethod
+    def of(cls, database: Database) -> Self:
+        """A reader of a database that is open here already, and stays open when it is left."""
+        reader = cls(database.path or Path(":memory:"))
+        reader._connection = database.cursor()
+        return reader
 
     @property
     def position(self) -> int:
@@ -343,7 +352,5 @@ def described(cursor: Any) -> list[Described]:
 
 def described_here() -> list[Described]:
     """What tables this release writes."""
-    from agentflow_projections.database import Database  # noqa: PLC0415 - reading needs none
-
     with Database(None, "tables") as database:
         return described(database.ask("SELECT 1"))

@@ -24,6 +24,7 @@ from agentflow_projections.query import Answer, Column, Question, Reader, Row, p
 from agentflow_projections.sandbox import DeadlineExceeded
 from agentflow_projections.service import Request
 
+_PARQUET: Final = b"PAR1"
 _PROBE_S: Final = 2.0
 _QUIET_S: Final = 0.5
 """What takes longer shows how far it is."""
@@ -202,9 +203,7 @@ class _ServiceFound:
 async def open_history(wanted: Wanted) -> AsyncGenerator[History]:
     """The file named; the projector that answers; or this log's own file, brought up to the log's end."""
     if wanted.file is not None:
-        if not wanted.file.is_file():
-            raise usage(f"--file: there is no file {wanted.file}")
-        with Reader(wanted.file) as reader:
+        async with _open_file(wanted.file) as reader:
             yield _FileHistory(reader)
         return
     await require_server(wanted.where)
@@ -220,6 +219,28 @@ async def open_history(wanted: Wanted) -> AsyncGenerator[History]:
             )
     with Reader(path) as reader:
         yield _FileHistory(reader)
+
+
+@asynccontextmanager
+async def _open_file(path: Path) -> AsyncGenerator[Reader]:
+    """A history's DuckDB file, or what `agentflow export` wrote. Raises CliError, InvalidRequest."""
+    if not _is_exported(path):
+        with Reader(path) as reader:
+            yield reader
+        return
+    from agentflow_projections.export import as_database  # noqa: PLC0415 - seldom needed
+
+    async with as_database(path) as database:
+        with Reader.of(database) as reader:
+            yield reader
+
+
+def _is_exported(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_PARQUET)) == _PARQUET
+    except OSError as error:
+        raise usage(f"--file: cannot read {path}: {error.strerror}") from error
 
 
 async def _wait_for(bus: Bus, wanted: Wanted) -> None:

@@ -28,7 +28,10 @@ _STATE_COLUMNS: Final = frozenset({"state", "outcome"})
 File = Annotated[
     Path | None,
     typer.Option(
-        "--file", metavar="FILE", help="Ask a history's DuckDB file instead of the log.", show_default=False
+        "--file",
+        metavar="FILE",
+        help="Ask a history's DuckDB file, or an exported one, instead of the log.",
+        show_default=False,
     ),
 ]
 AsOf = Annotated[
@@ -105,6 +108,8 @@ def query_command(  # noqa: PLR0913, PLR0917 - options
     """
     if as_json + as_csv + (parquet is not None) > 1:
         raise usage("expected one of --json, --csv and --parquet, found several")
+    if parquet is not None and limit is not None:
+        raise usage("--limit: a Parquet file gets all rows; say LIMIT in the SQL")
     table_rows = 0 if as_json or as_csv or parquet is not None else _SHOWN_MAX + 1
     enough = (limit + 1 if table_rows and limit else limit) if limit is not None else table_rows
     where = target(nats, namespace)
