@@ -19,6 +19,7 @@ from typing import Any, Final, TypeVar
 
 from msgspec.structs import replace
 
+from agentflow.domain.digest import Digests
 from agentflow.domain.fold import fold
 from agentflow.domain.state import Namespace
 from agentflow.ending import end_tasks
@@ -81,6 +82,8 @@ class Projector:
         self._pace_s = pace_s
         self._keep_events = keep_events
         self._recorder = Recorder(Namespace(log.namespace))
+        self.digests = Digests(self._recorder.state)
+        """Of the fold, anew once the file is open."""
         self._checkpoint: Checkpoint | None = None
         self._chain = START
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="projector")
@@ -120,6 +123,7 @@ class Projector:
                 " what lies between is not there any more"
             )
         self._checkpoint = checkpoint
+        self.digests = Digests(self.state)
 
     def _take_up(self, identity: Identity) -> Checkpoint | None:
         try:
@@ -205,6 +209,7 @@ class Projector:
         for message, judged in messages:
             self._since_kept += len(self._recorder.apply(message, judged))
             self._chain = chained(self._chain, message)
+            self.digests.folded()
             self._piled.set()
             if self._recorder.size >= BATCH_ROWS_MAX:
                 self._room.clear()

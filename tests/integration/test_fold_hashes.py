@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from agentflow import wire
 from agentflow.domain import digest
 from agentflow_nodes.cli.masters import document, look
 from agentflow_nodes.master.node import Master
+from agentflow_nodes.projector.config import ProjectorConfig
+from agentflow_nodes.projector.node import ProjectorNode
 from tests.app import add
 from tests.cluster import Cluster
 from tests.eventually import eventually
@@ -48,3 +52,26 @@ async def test_a_fold_that_differs_is_an_alarm_of_all_masters(
     wrong.superseded -= 1
     assert await (await client.submit(add, 5, 6)).result(SOON_S) == 11
     await eventually(lambda: not differs_at(first) and not differs_at(second))
+
+
+async def test_a_projector_compares_its_fold_too(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digest, "EVERY", 2)
+    master = await cluster.leader(name="first")
+    await cluster.worker()
+    client = await cluster.client()
+    config = ProjectorConfig(url=cluster.url, namespaces=("default",), name="p1", data=tmp_path)
+    async with ProjectorNode(config) as node:
+        projection = node.projections["default"]
+        await projection.opened.wait()
+        assert await (await client.submit(add, 1, 2)).result(SOON_S) == 3
+        await eventually(lambda: "p1" in master._hashes["default"]._agreement._agreed)
+        assert projection.projector is not None
+        projection.projector.state.superseded += 1
+        assert await (await client.submit(add, 3, 4)).result(SOON_S) == 7
+        await eventually(lambda: differs_at(master))
+        difference = master._hashes["default"].difference
+        assert difference is not None
+        assert difference.other == "p1"
+        await eventually(lambda: projection.hashes is not None and projection.hashes.difference is not None)

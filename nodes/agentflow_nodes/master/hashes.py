@@ -51,14 +51,13 @@ class FoldHashes:
         namespace: str,
         name: str,
         instance: str,
-        digests: Digests,
         tells: Callable[[], bool],
     ) -> None:
         self._bus = bus
         self._namespace = namespace
         self._name, self._instance = name, instance
-        self._agreement = Agreement(digests.kept)
-        self._digests = digests
+        self._agreement = Agreement({})
+        self._digests: Digests | None = None
         self._tells = tells
         self._offered: Subscription | None = None
 
@@ -67,14 +66,24 @@ class FoldHashes:
         """A fold that differs now, the one that did so first; None: all that are known agree."""
         return min(self._agreement.differences.values(), key=lambda each: each.seq, default=None)
 
+    def watch(self, digests: Digests) -> None:
+        """Whose digests are told and compared from now on; what was known of another fold is forgotten."""
+        self._unwatch()
+        self._agreement = Agreement(digests.kept)
+        self._digests = digests
+        digests.on_digest = self._on_own
+
+    def _unwatch(self) -> None:
+        if self._digests is not None:
+            self._digests.on_digest = None
+
     async def listen(self) -> None:
-        """Begin."""
+        """Begin to hear of others."""
         self._offered = await self._bus.subscribe(wire.folds(self._namespace), self._on_told)
-        self._digests.on_digest = self._on_own
 
     def close(self) -> None:
         """End it."""
-        self._digests.on_digest = None
+        self._unwatch()
         if self._offered is not None:
             self._offered.end()
 

@@ -134,8 +134,8 @@ class Master:
         await seat.liveness.listen(self.bus)
         services = Services(self.bus, seat.follower.state, lambda: seat.leading, lambda: seat.follower.now_ms)
         await services.listen()
-        digests = seat.follower.digests
-        hashes = FoldHashes(self.bus, namespace, config.name, self._instance, digests, seat.caught_up.is_set)
+        hashes = FoldHashes(self.bus, namespace, config.name, self._instance, seat.caught_up.is_set)
+        hashes.watch(seat.follower.digests)
         await hashes.listen()
         self._hashes[namespace] = hashes
         self.seats[namespace] = seat

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import secrets
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from types import TracebackType
@@ -16,6 +17,7 @@ from agentflow.errors import LogGone, OperatingError, StreamMismatch
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.stream import stream_names
 from agentflow.logs import get_logger
+from agentflow_nodes.master.hashes import FoldHashes
 from agentflow_nodes.projector.config import ProjectorConfig
 from agentflow_nodes.projector.projection import Projection
 from agentflow_projections.service import QueryService
@@ -44,6 +46,7 @@ class ProjectorNode:
         self._tasks: dict[asyncio.Task[None], str] = {}
         self._done: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
         self._unfit: set[str] = set()
+        self._instance = secrets.token_hex(8)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -100,9 +103,16 @@ class ProjectorNode:
         self._start(self._follow(self.projections[namespace]), namespace)
 
     async def _follow(self, projection: Projection) -> None:
-        """Keep the file, and answer questions about it."""
-        async with QueryService(self.bus, projection.namespace, lambda: projection.database):
-            await projection.run()
+        """Keep the file, answer questions about it, and compare its fold with others'."""
+        namespace, name = projection.namespace, self.config.name
+        hashes = FoldHashes(self.bus, namespace, name, self._instance, projection.opened.is_set)
+        projection.hashes = hashes
+        await hashes.listen()
+        try:
+            async with QueryService(self.bus, namespace, lambda: projection.database):
+                await projection.run()
+        finally:
+            hashes.close()
 
     async def _discover(self) -> None:
         while True:

@@ -15,6 +15,7 @@ from agentflow.ending import end_tasks
 from agentflow.errors import LogGone, OperatingError
 from agentflow.log.port import Log
 from agentflow.logs import get_logger
+from agentflow_nodes.master.hashes import FoldHashes
 from agentflow_nodes.projector.config import ProjectorConfig
 from agentflow_projections.archive import Archive
 from agentflow_projections.archive_load import load
@@ -44,6 +45,8 @@ class Projection:
         self.projector: Projector | None = None
         self.database: Database | None = None
         """For asking beside the writer, while `opened` is set."""
+        self.hashes: FoldHashes | None = None
+        """To whom the digests of its fold are handed, if somebody compares them."""
         self._log = log
         self._config = config
         self._pause_s_first = pause_s
@@ -122,6 +125,8 @@ class Projection:
 
     async def _run(self, projector: Projector, database: Database) -> None:
         await projector.open()
+        if self.hashes is not None:
+            self.hashes.watch(projector.digests)
         _log.info("following", namespace=self.namespace, path=str(self.path), seq=projector.seq)
         self.projector, self.database = projector, database
         self.opened.set()
