@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 from agentflow import events, limits, wire
 from agentflow.domain import life
 from agentflow.events import KINDS, ROLES, SINCE, Reason, Role
+from agentflow_projections.queries import ready_made
 from agentflow_projections.query import described_here
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -230,6 +231,18 @@ def tables_text() -> str:
     return "\n".join([*parts, "## The tables beneath\n", "| table | |", "|---|---|", *base]) + "\n"
 
 
+def reports_text() -> str:
+    """Every ready-made question with what it may be told."""
+    lines = ["| report | answers | may be told |", "|---|---|---|"]
+    for each in ready_made().values():
+        told = [
+            f"`{one.name}`: {one.meaning}" + ("" if one.required else f" ({one.default})")
+            for one in each.parameters
+        ]
+        lines.append(f"| `{each.name}` | {_cell(each.summary)} | {_cell('; '.join(told))} |")
+    return "\n".join(lines) + "\n"
+
+
 def _sql_type(kind: str) -> str:
     return "one of a few words" if kind.startswith("ENUM") else kind.lower()
 
@@ -239,6 +252,7 @@ RENDERERS: Final[dict[str, Callable[[], str]]] = {
     "life": life_text,
     "limits": limits_text,
     "reasons": reasons_text,
+    "reports": reports_text,
     "tables": tables_text,
 }
 
