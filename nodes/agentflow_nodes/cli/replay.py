@@ -10,7 +10,7 @@ import msgspec
 import typer
 from rich.text import Text
 
-from agentflow_nodes.cli.errors import Exit
+from agentflow_nodes.cli.errors import Exit, usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, moment, plain, print_json, table
 from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, NoFile, bar, open_past, parse_until
@@ -35,8 +35,8 @@ def replay_command(  # noqa: PLR0913, PLR0917 - options
         typer.Option(
             "--projection",
             metavar="FILE",
-            help="The DuckDB file to compare; nobody may be writing to it.",
-            show_default="that of 'agentflow query' on this machine",
+            help="A DuckDB file to compare; nobody may be writing to it.",
+            show_default="what answers 'agentflow query': a running projector's, or one of your own",
         ),
     ] = None,
     file: NoFile = "",
@@ -59,6 +59,8 @@ def replay_command(  # noqa: PLR0913, PLR0917 - options
         agentflow replay --file incident.parquet
     """
     where, end = target(nats, namespace), parse_until("--until", until)
+    if projection is not None and not projection.is_file():
+        raise usage(f"--projection: there is no file {projection}")
     if verify or projection is not None:
         same = run(_verify(where, end, projection, file, as_json=as_json), logs=client_logs(debug=debug))
         raise typer.Exit(Exit.OK if same else Exit.FAILED)
