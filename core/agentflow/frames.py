@@ -216,10 +216,12 @@ def _canonical(kind: str, data: bytes) -> list[Event] | None:
 
 
 def _assigned_is_canonical(event: Any) -> bool:
-    passed_on = (event.args, event.kwargs, event.argv, event.env)
-    inputs = event.inputs.values()
-    return all(raw is UNSET or _is_canonical(raw, DEPTH_MAX - 1) for raw in passed_on) and all(
-        given.value is UNSET or _is_canonical(given.value, INPUT_DEPTH_MAX) for given in inputs
+    for raw in (event.args, event.kwargs, event.argv, event.env):
+        if raw is not UNSET and not _is_canonical(raw, DEPTH_MAX - 1):
+            return False
+    inputs = event.inputs
+    return not inputs or all(
+        given.value is UNSET or _is_canonical(given.value, INPUT_DEPTH_MAX) for given in inputs.values()
     )
 
 
