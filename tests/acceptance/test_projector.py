@@ -31,7 +31,7 @@ from tests.eventually import eventually
 from tests.servers import NatsServer
 from tests.unit.dump import dump
 
-KILLS: Final = int(os.environ.get("AGENTFLOW_PROJECTOR_KILLS", "5"))
+KILLS: Final = int(os.environ.get("AGENTFLOW_PROJECTOR_KILLS", "4"))
 """`just projector-kills` sets it to 100."""
 _KEEP: Final = ("--keep-events", "300")
 """So often that many a kill comes while the state is written."""
@@ -225,12 +225,6 @@ async def test_up_keeps_the_history_and_starts_its_master_from_there(tmp_path: P
     assert left == [(2,)], "the master's last word is in it"
 
 
-async def test_up_leaves_it_out_if_asked_to(tmp_path: Path) -> None:
-    async with _up(tmp_path, "--no-projector"):
-        pass
-    assert not (tmp_path / "history").exists()
-
-
 def _follows(folder: Path, count: int) -> bool:
     """Whether the projector of the so many-th start is at work."""
     log = folder / "log" / "projector.log"
@@ -238,11 +232,10 @@ def _follows(folder: Path, count: int) -> bool:
 
 
 @asynccontextmanager
-async def _up(folder: Path, *options: str) -> AsyncGenerator[str]:
+async def _up(folder: Path) -> AsyncGenerator[str]:
     """`agentflow up` in a folder; its address. Left, it has ended in good order."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "agentflow_nodes", "up", "--data-dir", str(folder), "--port", "0", "--json"),
-        *options,
         stdout=asyncio.subprocess.PIPE,
     )
     try:

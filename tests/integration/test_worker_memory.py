@@ -60,7 +60,7 @@ async def test_ended_in_good_order_it_left_nothing(cluster: Cluster, tmp_path: P
     assert await _told(await cluster.worker(name="w1", data=tmp_path)) == []
 
 
-@pytest.mark.parametrize("damage", ["gone", "damaged", "of another log"])
+@pytest.mark.parametrize("damage", ["damaged", "of another log"])
 async def test_its_file_is_made_again_from_the_log(cluster: Cluster, tmp_path: Path, damage: str) -> None:
     await cluster.leader(worker_ttl_s=30.0)
     client = await cluster.client()

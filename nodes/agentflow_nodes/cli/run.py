@@ -85,7 +85,12 @@ async def _main(
                     stack.enter_context(tempfile.TemporaryDirectory(prefix="agentflow-"))
                 )
                 config = ClusterConfig(
-                    data_dir=folder, namespace=where.namespace, slots=slots, apps=apps, drain_s=_DRAIN_S
+                    data_dir=folder,
+                    namespace=where.namespace,
+                    slots=slots,
+                    apps=apps,
+                    drain_s=_DRAIN_S,
+                    projector=False,  # nobody asks a cluster of one workflow for its history
                 )
                 cluster = await stack.enter_async_context(Cluster(config, board.note))
                 where = Target(cluster.url, where.namespace)
