@@ -48,7 +48,7 @@ async def load(cluster: Cluster) -> AsyncGenerator[None]:
 
     async def submit() -> None:
         while True:
-            handles = await client.submit_many(add, [(number, 1) for number in range(200)])
+            handles = await client.submit_many(add, [(number, 1) for number in range(60)])
             await handles[-1]
 
     submitting = asyncio.create_task(submit())
@@ -94,7 +94,7 @@ async def test_killed_again_and_again_under_load_it_loses_and_doubles_nothing(
     async with load(cluster):
         for _ in range(KILLS):
             projector = await cluster.process("projector", "--data", str(path.parent), *_KEEP)
-            more = await last_seq(bus) + chance.randrange(200)
+            more = await last_seq(bus) + chance.randrange(400)
             await eventually(partial(_reached, bus, more))
             await projector.kill()
             begun.append(_checkpoint(path))
