@@ -181,6 +181,35 @@ async def test_the_daemon_trims_while_a_cluster_works(
             assert await log.last(wire.elected("default")) == elections[-1]
 
 
+async def test_the_archiver_outlives_the_server(nats_server: NatsServer, bus: Bus, tmp_path: Path) -> None:
+    archive = Archive(tmp_path, "default")
+    config = ArchiverConfig(
+        folder=tmp_path,
+        url=nats_server.url,
+        keep=Keep(age_s=0, young_s=0),
+        sealing=Sealing(after_s=0.05, state_every_s=0.05),
+    )
+
+    async def sealed_all(log: JetStreamLog) -> bool:
+        identity, stretches = await log.identity(), archive.stretches()
+        return bool(stretches) and stretches[-1].last_seq == identity.last_seq == identity.trimmed_seq
+
+    async with JetStreamLog(bus, "default") as log:
+        await submit(log, 0, 100)
+        async with ArchiverNode(config):
+            await eventually(lambda: sealed_all(log))
+            for round_ in range(1, 4):
+                await nats_server.kill()
+                await nats_server.start()
+                await bus.wait_connected(20)
+                await submit(log, round_ * 100, 100)
+                await eventually(lambda: sealed_all(log), within_s=40)
+        messages = [each for some in archive.messages() for each in some]
+        assert [each.seq for each in messages] == list(range(1, 81))
+        for stretch in archive.stretches():
+            verify(stretch)
+
+
 async def test_a_replay_reads_archive_and_log_as_one(
     nats_server: NatsServer, bus: Bus, tmp_path: Path
 ) -> None:

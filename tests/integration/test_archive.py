@@ -159,7 +159,6 @@ async def test_the_next_archiver_goes_on_where_the_last_one_ended(world: World) 
     for count in range(10, 201, 10):
         fresh = World(world.folder, world.messages)
         fresh.store(count)
-        fresh.stream.__dict__["created_ns"] = world.stream.created_ns
         await fresh.run(sealing=Sealing(state_every_s=0 if count % 30 else 1e9))
     assert [each for some in world.archive.messages() for each in some] == world.messages[:200]
     async with world.archiver() as archiver:
@@ -369,6 +368,17 @@ async def test_a_history_is_loaded_from_the_archive_without_folding(world: World
     found = kept.read()
     assert found is not None
     assert (found.seq, found.chain) == (200, chain_of(world.messages[:200]))
+
+
+async def test_whoever_archived_the_rows_are_the_same(world: World, tmp_path: Path) -> None:
+    await project(world.log, tmp_path / "folded.duckdb", 200)
+    for count in range(10, 201, 10):
+        fresh = World(world.folder, world.messages)
+        fresh.store(count)
+        await fresh.run(sealing=Sealing(state_every_s=0 if count % 30 else 1e9))
+    with Database(None, NAMESPACE) as loaded, Database(tmp_path / "folded.duckdb", NAMESPACE) as folded:
+        assert load(world.archive, loaded, await world.log.identity()) == 200
+        assert rows_of(loaded) == rows_of(folded)
 
 
 async def test_what_was_loaded_goes_on_with_the_live_log(world: World, tmp_path: Path) -> None:
