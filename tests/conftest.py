@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +22,15 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         untimed = item.get_closest_marker("untimed") is not None
         if not untimed and not any(item.path.is_relative_to(folder) for folder in UNTIMED):
             item.add_marker(pytest.mark.xdist_group("one at a time"))
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A command that ran in this process has said where its logs go: not those of the tests after it."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
 
 
 @pytest.fixture
