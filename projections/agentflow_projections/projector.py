@@ -23,7 +23,7 @@ from agentflow.domain.digest import Digests
 from agentflow.domain.fold import fold
 from agentflow.domain.state import Namespace
 from agentflow.ending import end_tasks
-from agentflow.errors import LogGone
+from agentflow.errors import LogGone, OperatingError
 from agentflow.frames import judge
 from agentflow.log.port import Identity, Log
 from agentflow.log.stream import trimmed_off
@@ -87,6 +87,7 @@ class Projector:
         self._checkpoint: Checkpoint | None = None
         self._chain = START
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="projector")
+        self._closing = False
         self._broken = False
         """A commit began and did not end well: what the file lacks is known to nobody here."""
         self._piled, self._urgent, self._room, self._free = (asyncio.Event() for _ in range(4))
@@ -145,6 +146,8 @@ class Projector:
         for state, chain in self._beginnings(checkpoint):
             begun, after, events = state.seq, chain, 0
             for message in self._database.messages(after=state.seq):
+                if self._closing:
+                    raise OperatingError("the projector was closed while it took up its file")
                 judged = judge(message.subject, message.data, message.headers)
                 events += len(fold(state, message.seq, message.time_ns, judged))
                 state.ended.clear()
@@ -192,6 +195,7 @@ class Projector:
                 await self._commit(keep=True)
         finally:
             self._checkpoint = None
+            self._closing = True
             self._thread.shutdown(wait=True)
 
     async def _follow(self, until: int | None) -> None:

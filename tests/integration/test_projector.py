@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from agentflow.domain import state as domain_state
 from agentflow.domain.snapshot import state_hash
 from agentflow.domain.state import Namespace
+from agentflow.ending import end_tasks
 from agentflow.errors import LogGone
 from agentflow.log.memory import MemoryLog, MemoryServer
 from agentflow.log.port import Identity, Log, Message
@@ -21,6 +24,7 @@ from agentflow_projections import projector as projector_module
 from agentflow_projections.database import Database
 from agentflow_projections.hydrate import StateFile, history_path, hydrate
 from agentflow_projections.projector import Projector
+from tests.eventually import eventually
 from tests.unit.given import NAMESPACE, fold_all
 from tests.unit.histories import History
 
@@ -138,6 +142,28 @@ async def test_a_pile_too_large_is_written_in_parts(
     monkeypatch.setattr(projector_module, "BATCH_ROWS_MAX", 3)
     await world.project()
     assert rows_of(world.path) == await expected_rows(expected, tmp_path)
+
+
+async def test_closed_while_it_takes_up_a_long_file_it_is_closed_soon(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.store(60)
+    await world.project(kept=False)
+    reading = threading.Event()
+
+    def without_end(_: Database, *, after: int) -> Iterator[Message]:
+        while True:
+            reading.set()
+            yield world.stream.messages[0]
+
+    monkeypatch.setattr(Database, "messages", without_end)
+    async with MemoryLog(world.server, NAMESPACE) as log:
+        with Database(world.path, NAMESPACE) as database:
+            projector = Projector(log, database)
+            opening = asyncio.create_task(projector.open())
+            await eventually(reading.is_set)
+            await end_tasks(opening)
+            await projector.close()
 
 
 class TestKeptState:
