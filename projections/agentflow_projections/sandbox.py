@@ -192,6 +192,7 @@ async def _frame(pipe: asyncio.StreamReader) -> tuple[bytes, bytes] | None:
 def main() -> None:
     """Answer one question, and end."""
     job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job)
+    leave_network()  # what has threads already may not
     import duckdb  # noqa: PLC0415 - files are opened before there may be no more
     import pyarrow as pa  # noqa: PLC0415
 
@@ -212,13 +213,16 @@ def locked_down(limits: Limits) -> dict[str, Any]:
     return {**LOCKED_DOWN, "memory_limit": f"{limits.memory_mb}MiB"}
 
 
-def confine(limits: Limits) -> None:
-    """Give up for good what a question needs not."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    # Where the system lets nobody do this, the other locks have to do.
+def leave_network() -> None:
+    """Be in a network of one's own, with nothing in it; where the system forbids it the other locks have to do."""
+    libc = ctypes.CDLL(None)
     if libc.unshare(_CLONE_NEWNET) and os.geteuid():
         libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
-    libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
+
+
+def confine(limits: Limits) -> None:
+    """Give up for good what a question needs not: rights, memory, CPU, files."""
+    ctypes.CDLL(None).prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     if os.geteuid() == 0:
         os.setgroups([])
         os.setgid(NOBODY)

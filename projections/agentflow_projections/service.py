@@ -46,7 +46,10 @@ from agentflow_projections.sandbox import (
     Sandbox,
 )
 
+_ASKED_MAX: Final = 64
+"""So many questions are held at once, whatever they wait for."""
 _POLL_S: Final = 0.01
+_POLL_S_MAX: Final = 0.1
 
 _log = get_logger(__name__)
 
@@ -104,9 +107,16 @@ class QueryService:
         del subject, headers
         if not reply:
             return
-        task = asyncio.create_task(self._answer(data, _Reply(self._bus, reply)), name="query")
+        out = _Reply(self._bus, reply)
+        answering = self._answer(data, out) if len(self._answering) < _ASKED_MAX else self._turn_away(out)
+        task = asyncio.create_task(answering, name="query")
         self._answering.add(task)
         task.add_done_callback(self._answering.discard)
+
+    @staticmethod
+    async def _turn_away(out: _Reply) -> None:
+        with suppress(Disconnected):
+            await out.error("overloaded", f"{_ASKED_MAX} questions are being answered or wait")
 
     async def _answer(self, data: bytes, out: _Reply) -> None:
         try:
@@ -143,11 +153,13 @@ class QueryService:
 
     async def _reaching(self, at_least: int) -> Database:
         """The database, once it reaches a position."""
+        pause_s = _POLL_S
         while True:
             database = self._database()
             if database is not None and (not at_least or await reach_of(database) >= at_least):
                 return database
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(_POLL_S_MAX, 2 * pause_s)
 
     async def _ask(
         self, request: Request, path: Path, as_of: int | None, out: _Reply, deadline: float
@@ -212,6 +224,8 @@ def _decoded(data: bytes) -> Request:
         request = msgspec.json.decode(data, type=Request)
     except msgspec.DecodeError as error:
         raise InvalidRequest(f'expected a JSON object like {{"sql": "FROM tasks"}}: {error}') from error
+    if min(request.limit, request.at_least, request.timeout_s) < 0:
+        raise InvalidRequest("limit, at_least and timeout_s: expected 0 or more")
     if request.sql and request.report:
         raise InvalidRequest("expected sql or report, found both")
     return request

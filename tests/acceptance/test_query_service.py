@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,16 @@ LAST_SEQ = 300
 FOR_EVER = "SELECT count(*) FROM range(1000000000000)"
 
 
+@pytest.fixture(scope="module")
+def history(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("service")
+    return written(folder / "history.duckdb", History(3).run(400)[:LAST_SEQ])
+
+
 @pytest.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
+def database(history: Path) -> Iterator[Database]:
     """A history's file, open for writing as a projector has it."""
-    path = written(tmp_path / "history.duckdb", History(3).run(400)[:LAST_SEQ])
-    with Database(path, NAMESPACE) as opened:
+    with Database(history, NAMESPACE) as opened:
         yield opened
 
 
@@ -120,42 +125,39 @@ async def test_ready_made_questions_are_answered_by_name(bus: Bus, service: Quer
     assert found["columns"][0]["name"] == "from_time"
 
 
-async def test_who_wrote_reads_what_they_wrote(bus: Bus, tmp_path: Path) -> None:
-    messages = History(3).run(400)[:LAST_SEQ]
-    with (
-        Database(tmp_path / "empty.duckdb", NAMESPACE) as before,
-        Database(written(tmp_path / "history.duckdb", messages), NAMESPACE) as after,
-    ):
+async def test_who_wrote_reads_what_they_wrote(bus: Bus, tmp_path: Path, database: Database) -> None:
+    with Database(tmp_path / "empty.duckdb", NAMESPACE) as before:
         now = before
         async with QueryService(bus, NAMESPACE, lambda: now):
             assert (await ask(bus, sql="SELECT count(*) FROM frames"))["rows"] == [[0]]
             asked = asyncio.ensure_future(ask(bus, sql="SELECT max(seq) FROM frames", at_least=LAST_SEQ))
             with pytest.raises(DeadlineExceeded, match=f"did not reach {LAST_SEQ} within"):
                 await ask(bus, sql="SELECT 1", at_least=LAST_SEQ, timeout_s=0.3)
-            now = after
+            now = database
             assert (await asked)["rows"] == [[LAST_SEQ]]
 
 
-@pytest.mark.parametrize(
-    ("request_", "found"),
-    [
-        (b"", "expected a JSON object"),
-        (b"[]", "expected a JSON object"),
-        (b'{"sql": 5}', "expected a JSON object"),
-        (b'{"sql": "SELECT 1", "nonsense": true}', "expected a JSON object"),
-        (b'{"sql": "SELECT 1", "report": "waits"}', "found both"),
-        (b'{"report": "nothing"}', "there is no report"),
-        (b'{"report": "waits", "format": "arrow"}', "with sql there is arrow too"),
-        (b'{"sql": "DROP TABLE frames"}', "found DROP"),
-        (b'{"sql": "FROM tasks", "as_of": 100000}', "reaches to position"),
-        (b'{"sql": "FROM tasks", "as_of": "soon"}', "expected a position, a time"),
-        (b'{"sql": "FROM read_text(\'/etc/passwd\')"}', "disabled by configuration"),
-    ],
-)
-async def test_what_is_wrong_is_said(bus: Bus, service: QueryService, request_: bytes, found: str) -> None:
-    reply = await bus.request_reply(SUBJECT, request_, 10)
-    error = json.loads(reply.data)["error"]
-    assert (error["kind"], found in error["message"]) == ("invalid", True), error
+WRONG = [
+    (b"", "expected a JSON object"),
+    (b"[]", "expected a JSON object"),
+    (b'{"sql": 5}', "expected a JSON object"),
+    (b'{"sql": "SELECT 1", "nonsense": true}', "expected a JSON object"),
+    (b'{"sql": "SELECT 1", "report": "waits"}', "found both"),
+    (b'{"sql": "SELECT 1", "limit": -1}', "expected 0 or more"),
+    (b'{"report": "nothing"}', "there is no report"),
+    (b'{"report": "waits", "format": "arrow"}', "with sql there is arrow too"),
+    (b'{"sql": "DROP TABLE frames"}', "found DROP"),
+    (b'{"sql": "FROM tasks", "as_of": 100000}', "reaches to position"),
+    (b'{"sql": "FROM tasks", "as_of": "soon"}', "expected a position, a time"),
+    (b'{"sql": "FROM read_text(\'/etc/passwd\')"}', "disabled by configuration"),
+]
+
+
+async def test_what_is_wrong_is_said(bus: Bus, service: QueryService) -> None:
+    for request, found in WRONG:
+        reply = await bus.request_reply(SUBJECT, request, 10)
+        error = json.loads(reply.data)["error"]
+        assert (error["kind"], found in error["message"]) == ("invalid", True), error
 
 
 async def test_who_asks_nobody_is_told(bus: Bus) -> None:
@@ -170,6 +172,12 @@ async def test_too_many_at_once_are_turned_away(bus: Bus, database: Database) ->
     kinds = [type(each) for each in found]
     assert kinds.count(Overloaded) == 5
     assert kinds.count(DeadlineExceeded) == 3
+
+
+async def test_no_more_wait_for_a_position_than_can_be_held(bus: Bus, service: QueryService) -> None:
+    waiting = [ask(bus, at_least=LAST_SEQ + 1, timeout_s=1) for _ in range(70)]
+    kinds = [type(each) for each in await asyncio.gather(*waiting, return_exceptions=True)]
+    assert (kinds.count(DeadlineExceeded), kinds.count(Overloaded)) == (64, 6)
 
 
 async def test_the_copy_that_is_asked_is_removed_in_the_end(bus: Bus, database: Database) -> None:

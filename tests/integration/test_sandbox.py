@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import resource
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import aclosing
@@ -16,7 +19,15 @@ import pytest
 
 from agentflow.errors import InvalidRequest, OperatingError
 from agentflow_projections.query import Question, answer
-from agentflow_projections.sandbox import DeadlineExceeded, Job, Limits, Overloaded, Sandbox, locked_down
+from agentflow_projections.sandbox import (
+    NOBODY,
+    DeadlineExceeded,
+    Job,
+    Limits,
+    Overloaded,
+    Sandbox,
+    locked_down,
+)
 from tests.integration.test_queries import written
 from tests.unit.histories import History
 
@@ -247,6 +258,32 @@ async def test_the_process_sees_nothing_of_ours(
     shown = json.dumps(await run(history, "FROM duckdb_settings()"))
     assert CANARY not in shown
     assert str(Path.home()) not in shown
+
+
+_CONFINED = """
+import json, os, resource, sys
+from agentflow_projections.sandbox import Limits, confine
+confine(Limits())
+try:
+    with open(sys.argv[1], "w") as file:
+        file.write("x")
+except OSError as error:
+    refused = error.strerror
+print(json.dumps([os.getuid(), resource.getrlimit(resource.RLIMIT_AS)[1], refused]))
+"""
+
+
+async def test_the_process_has_no_rights_and_little_memory() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", _CONFINED, f"{folder}/new"), stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await process.communicate()
+    user, memory, refused = json.loads(out)
+    assert user == (NOBODY if os.getuid() == 0 else os.getuid())
+    assert memory == Limits().address_space_mb * 1024 * 1024
+    assert refused == os.strerror(errno.EFBIG)
 
 
 @pytest.mark.parametrize("sql", BOMBS)
