@@ -17,9 +17,12 @@ from agentflow.domain.snapshot import restore, snapshot
 from agentflow.domain.state import Kind, Namespace
 from agentflow.frames import judge
 from agentflow.limits import LEVEL
+from agentflow.log.memory import MemoryLog, MemoryServer
 from agentflow.log.port import Message
 from agentflow_projections.chain import START, chained
 from agentflow_projections.database import Checkpoint, Database
+from agentflow_projections.hydrate import StateFile
+from agentflow_projections.projector import Projector
 from agentflow_projections.rows import Recorder
 from tests.golden.record import SCENES, read_log
 from tests.unit import reference_fold
@@ -200,7 +203,7 @@ def begun_anew(database: Database, kept: bytes | None) -> Recorder:
 
 @pytest.mark.parametrize("keep", [False, True], ids=["from the frames", "from a snapshot and the frames"])
 def test_a_restart_at_every_position_changes_nothing(tmp_path: Path, keep: bool) -> None:
-    messages, kept, chain = messages_of(History(11).run(60)), None, START
+    messages, kept, chain = messages_of(History(11).run(35)), None, START
     for message in messages:
         with Database(tmp_path / "history.duckdb", NAMESPACE) as database:
             recorder = begun_anew(database, kept)
@@ -212,6 +215,35 @@ def test_a_restart_at_every_position_changes_nothing(tmp_path: Path, keep: bool)
             kept = snapshot(recorder.state)
     with Database(tmp_path / "history.duckdb", NAMESPACE) as database:
         assert rows_of(database) == rows_after(messages, len(messages))
+
+
+async def project_on(log: MemoryLog, path: Path, until: int, *, keep: bool) -> Rows:
+    """Open the file, take the log up where it left off, and close it again."""
+    with Database(path, NAMESPACE) as database:
+        projector = Projector(log, database, StateFile(path, NAMESPACE) if keep else None)
+        try:
+            await projector.open()
+            await projector.run(until=until)
+        finally:
+            await projector.close()
+        return rows_of(database)
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["from the frames", "from the state beside it"])
+async def test_a_projector_restarted_at_every_position_writes_the_same(tmp_path: Path, keep: bool) -> None:
+    messages = messages_of(History(13).run(20))
+    server = MemoryServer()
+    stream = server.create(NAMESPACE)
+    stream.messages.extend(messages)
+    stream.last_seq = len(messages)
+    async with MemoryLog(server, NAMESPACE) as log:
+        at_once = await project_on(log, tmp_path / "at-once.duckdb", len(messages), keep=keep)
+        for end in range(1, len(messages)):
+            await project_on(log, tmp_path / "history.duckdb", end, keep=keep)
+        assert await project_on(log, tmp_path / "history.duckdb", len(messages), keep=keep) == at_once
+    assert {name: rows for name, rows in at_once.items() if name != "checkpoint"} == {
+        name: rows for name, rows in rows_after(messages, 7).items() if name != "checkpoint"
+    }
 
 
 @with_random(seed=SEEDS, share=st.floats(0, 1))
