@@ -29,7 +29,7 @@ from agentflow_projections.database import Database
 from agentflow_projections.hydrate import StateFile, history_path
 from agentflow_projections.projector import Projector
 from tests.bench.figures import Figures, percentile
-from tests.bench.history_replay import NAMESPACE
+from tests.bench.history_replay import NAMESPACE, cpu_s
 from tests.bench.noop import measure
 from tests.bench.stack import ROOT, Stack
 
@@ -64,7 +64,7 @@ class Following:
         self.database = database
         self.lags_ms: list[float] = []
         self.asked_ms: list[float] = []
-        self._cpu_s = _cpu_s()
+        self._cpu_s = cpu_s()
 
     def committed(self, seq: int) -> None:
         """How old each message was when it could be asked about."""
@@ -92,7 +92,7 @@ class Following:
         """From here on it counts."""
         self.lags_ms.clear()
         self.asked_ms.clear()
-        self._cpu_s = _cpu_s()
+        self._cpu_s = cpu_s()
 
     def figures(self) -> dict[str, float]:
         """Lags and times of answers since `reset`."""
@@ -104,7 +104,7 @@ class Following:
             "point_query_p50_ms": percentile(asked, 0.5),
             "point_query_p99_ms": percentile(asked, 0.99),
             "point_queries": len(asked),
-            "projector_cpu_s": _cpu_s() - self._cpu_s,
+            "projector_cpu_s": cpu_s() - self._cpu_s,
         }
 
 
@@ -169,12 +169,6 @@ async def _start(url: str, folder: str) -> asyncio.subprocess.Process:
     assert node.stdout is not None
     assert await asyncio.wait_for(node.stdout.readline(), 60) == b"ready\n"
     return node
-
-
-def _cpu_s() -> float:
-    """CPU seconds of this process, and of those it started that have ended."""
-    used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
 
 
 def main() -> None:

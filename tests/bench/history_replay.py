@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -57,12 +58,12 @@ async def _append(log: Log, messages: Iterable[Message]) -> None:
 
 async def replay(log: Log, path: Path, until: int) -> tuple[float, float]:
     """Seconds and CPU seconds that a fresh file takes."""
-    begun, used = time.perf_counter(), time.process_time()
+    begun, used = time.perf_counter(), cpu_s()
     with Database(path, NAMESPACE) as database:
         projector = Projector(log, database)
         await projector.open()
         await projector.run(until=until)
-        took = time.perf_counter() - begun, time.process_time() - used
+        took = time.perf_counter() - begun, cpu_s() - used
         await projector.close()
     return took
 
@@ -88,6 +89,12 @@ async def measure(tasks: int) -> dict[str, float]:
         "replay_file_bytes_per_event": size / writer.events,
         "log_written_events_per_s": writer.events / written_s,
     }
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process, and of those it started that have ended."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def main() -> None:
