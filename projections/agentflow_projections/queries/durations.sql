@@ -1,11 +1,11 @@
 -- How long attempts ran, by what they run. Of very many tasks a sample is measured: one in `every`.
 -- $since = 0: leave out what ended up to this position
 
-WITH sample AS (SELECT greatest(1, max(task) // 500000) AS every FROM task_submissions),
+WITH sample AS (SELECT greatest(1, max(task) // 200000) AS every FROM task_submissions),
 ran AS (
     SELECT task, run_us, error
     FROM task_changes
-    WHERE run_us IS NOT NULL AND pos <= end_of(as_of()) AND pos > end_of($since) AND task % (SELECT every FROM sample) = 0
+    WHERE run_us IS NOT NULL AND pos <= end_of(as_of()) AND pos > end_of($since) AND hash(task) % (SELECT every FROM sample) = 0
 )
 SELECT
     s.runs_kind,
