@@ -16,7 +16,7 @@ from agentflow_nodes.cli.daemon import Supervised, node_logs, serve
 from agentflow_nodes.cli.errors import usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import console, plain, print_json, table
-from agentflow_nodes.cli.past import bar
+from agentflow_nodes.cli.progress import bar
 from agentflow_nodes.cli.session import CLIENT_NAME, Target, client_logs, open_log, run, target
 from agentflow_projections.archive import Archive, Stretch, verify
 from agentflow_projections.archiver import Keep, Sealing

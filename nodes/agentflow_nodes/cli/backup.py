@@ -13,7 +13,7 @@ from agentflow_nodes.cli.errors import not_found
 from agentflow_nodes.cli.namespaces import Namespaces, named
 from agentflow_nodes.cli.options import Debug, Json, Nats
 from agentflow_nodes.cli.output import console, plain, print_json, table
-from agentflow_nodes.cli.past import bar
+from agentflow_nodes.cli.progress import bar
 from agentflow_nodes.cli.session import CLIENT_NAME, Target, client_logs, require_server, run, target
 from agentflow_projections.backup import Manifest, SavedNamespace, backup, namespaces_of
 

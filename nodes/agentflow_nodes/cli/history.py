@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, Protocol
@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from agentflow.bus import Bus
 from agentflow.errors import Disconnected, OperatingError
 from agentflow_nodes.cli.errors import operating, usage
-from agentflow_nodes.cli.output import console
+from agentflow_nodes.cli.progress import bar
 from agentflow_nodes.cli.session import CLIENT_NAME, Target, open_log, require_server
 from agentflow_projections.asking import Part, ask_service
 from agentflow_projections.cache import cache_folder, refresh
@@ -213,7 +213,7 @@ async def open_history(wanted: Wanted) -> AsyncGenerator[History]:
             yield _ServiceHistory(bus, wanted)
             return
     async with open_log(wanted.where) as log:
-        with progress_bar("Reading the log") as tell:
+        with bar("Reading the log") as tell:
             path = await refresh(
                 log, cache_folder(), at_least=wanted.at_least, wait_s=wanted.wait_s, progress=tell
             )
@@ -274,25 +274,3 @@ async def _is_served(bus: Bus, namespace: str) -> bool:
 async def position_of(wanted: Wanted, history: History) -> int | None:
     """The position that --as-of names; None: now. Raises InvalidRequest."""
     return await history.position(wanted.as_of) if wanted.as_of else None
-
-
-@contextmanager
-def progress_bar(title: str) -> Generator[Callable[[int, int], None]]:
-    """A bar for people, once something takes longer than a moment."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
-
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
-    columns = (TextColumn(title), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
-    bar = Progress(*columns, console=console(stderr=True), transient=True)
-    shown = bar.add_task("", total=None)
-
-    def tell(done: int, total: int) -> None:
-        if loop.time() - begun > _QUIET_S and console(stderr=True).is_terminal:
-            bar.start()
-        bar.update(shown, completed=done, total=total)
-
-    try:
-        yield tell
-    finally:
-        bar.stop()

@@ -1,11 +1,10 @@
-"""What commands about the past have in common: moments, where history is read from, a bar."""
+"""What commands about the past have in common: moments, and where history is read from."""
 
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import AsyncGenerator, Callable, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Final
@@ -18,12 +17,11 @@ from agentflow.errors import InvalidRequest
 from agentflow.log.port import Log
 from agentflow.objects import ObjectStore
 from agentflow_nodes.cli.errors import usage
-from agentflow_nodes.cli.output import console, say
+from agentflow_nodes.cli.output import say
 from agentflow_nodes.cli.session import CLIENT_NAME, REACH_TIMEOUT_S, Target, open_log
 from agentflow_projections.past import LoggedPast, Past, Until
 from agentflow_projections.trimmed import fetch_snapshot
 
-_QUIET_S: Final = 0.5
 # A fold is long-lived objects only: collecting them often would take a third of a replay.
 _GC_THRESHOLD: Final = (100_000, 20, 100)
 
@@ -89,25 +87,3 @@ async def _begun(where: Target, log: Log) -> bytes | None:
 
 def _is_folder(file: str) -> bool:
     return bool(file) and Path(file).is_dir()
-
-
-@contextmanager
-def bar(what: str) -> Generator[Callable[[int, int], None]]:
-    """A bar for people that shows up once it takes a while; yielded is what it has to be told."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
-
-    begun = time.monotonic()
-    columns = (TextColumn(what), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
-    shown = Progress(*columns, console=console(stderr=True), transient=True)
-    line = shown.add_task("", total=None)
-
-    def tell(done: int, total: int) -> None:
-        if time.monotonic() - begun > _QUIET_S and console(stderr=True).is_terminal:
-            shown.start()
-        shown.update(line, completed=done, total=total)
-
-    try:
-        yield tell
-    finally:
-        if shown.live.is_started:  # it would end a line that nobody began
-            shown.stop()

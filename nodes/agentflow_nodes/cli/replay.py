@@ -13,7 +13,8 @@ from rich.text import Text
 from agentflow_nodes.cli.errors import Exit, usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, moment, plain, print_json, table
-from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, NoFile, bar, open_past, parse_until
+from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, NoFile, open_past, parse_until
+from agentflow_nodes.cli.progress import bar
 from agentflow_nodes.cli.session import Target, client_logs, run, target
 from agentflow_projections.past import Until
 from agentflow_projections.replay import Ask, Replayed, Verified, replay, verify

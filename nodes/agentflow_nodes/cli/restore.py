@@ -11,7 +11,7 @@ from agentflow.bus import Bus
 from agentflow_nodes.cli.namespaces import Namespaces, named
 from agentflow_nodes.cli.options import Debug, Json, Nats
 from agentflow_nodes.cli.output import console, plain, print_json
-from agentflow_nodes.cli.past import bar
+from agentflow_nodes.cli.progress import bar
 from agentflow_nodes.cli.session import CLIENT_NAME, Target, client_logs, require_server, run, target
 from agentflow_projections.backup import read_manifest, restore
 

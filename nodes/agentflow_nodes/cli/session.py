@@ -22,14 +22,12 @@ from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Log
 from agentflow_nodes.cli.errors import not_found, operating, usage
 from agentflow_nodes.cli.logs import QUIET, Level, configure_logs
-from agentflow_nodes.cli.output import console
+from agentflow_nodes.cli.progress import bar
 from agentflow_projections.history import History, Keep, read_history
 
 CLIENT_NAME: Final = "cli"
 REACH_TIMEOUT_S: Final = 3.0
 _PORT: Final = 4222
-_QUIET_S: Final = 0.5
-"""Reading the log for longer than this shows how far it is."""
 _SCHEMES: Final = ("nats", "tls")
 
 T = TypeVar("T")
@@ -129,28 +127,8 @@ async def open_log(where: Target) -> AsyncGenerator[Log, None]:
 
 async def load(log: Log, *, keep: Keep | None = None) -> History:
     """Fold the log as it is now, showing how far it is if that takes a while."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
-
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
-    columns = (
-        TextColumn("Reading the log"),
-        BarColumn(),
-        TextColumn("{task.percentage:.0f} %"),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=console(stderr=True), transient=True)
-    shown = bar.add_task("", total=None)
-
-    def tell(seq: int, last: int) -> None:
-        if loop.time() - begun > _QUIET_S and console(stderr=True).is_terminal:
-            bar.start()
-        bar.update(shown, completed=seq, total=last)
-
-    try:
+    with bar("Reading the log") as tell:
         return await read_history(log, progress=tell, keep=keep)
-    finally:
-        bar.stop()
 
 
 def now_ms(history: History) -> int:

@@ -26,7 +26,8 @@ from agentflow_nodes.cli.output import (
     state_text,
     table,
 )
-from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, NoFile, bar, open_past, parse_until
+from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, NoFile, open_past, parse_until
+from agentflow_nodes.cli.progress import bar
 from agentflow_nodes.cli.session import Target, client_logs, run, target
 from agentflow_projections.past import Until
 from agentflow_projections.why import Answer, why
