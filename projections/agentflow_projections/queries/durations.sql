@@ -1,7 +1,7 @@
 -- How long attempts ran, by what they run. Of very many tasks a sample is measured: one in `every`.
 -- $since = 0: leave out what ended up to this position
 
-WITH sample AS (SELECT greatest(1, max(task) // 200000) AS every FROM task_submissions),
+WITH sample AS (SELECT greatest(1, max(task) // 200000)::UBIGINT AS every FROM task_submissions),
 ran AS (
     SELECT task, run_us, error
     FROM task_changes

@@ -1,7 +1,7 @@
 -- What tasks wait for, and how long. Of very many tasks a sample is measured: one in `every`.
 -- $since = 0: leave out what ended up to this position
 
-WITH sample AS (SELECT greatest(1, max(task) // 100000) AS every FROM task_submissions),
+WITH sample AS (SELECT greatest(1, max(task) // 100000)::UBIGINT AS every FROM task_submissions),
 ended AS (SELECT epoch_ms(max(logged_at)) AS at_ms FROM frames WHERE seq <= as_of()),
 steps AS (
     SELECT
