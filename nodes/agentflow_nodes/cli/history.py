@@ -26,8 +26,6 @@ from agentflow_projections.service import Request
 
 _PARQUET: Final = b"PAR1"
 _PROBE_S: Final = 2.0
-_QUIET_S: Final = 0.5
-"""What takes longer shows how far it is."""
 
 
 class Wanted(Struct, frozen=True):
