@@ -12,7 +12,8 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import aclosing
 from datetime import UTC, datetime
 from types import TracebackType
@@ -24,17 +25,26 @@ from agentflow.domain.fold import fold
 from agentflow.domain.snapshot import hash_of, restore, snapshot
 from agentflow.domain.state import Namespace
 from agentflow.errors import OperatingError
+from agentflow.events import ObjectRef
 from agentflow.frames import judge
 from agentflow.limits import LEVEL
 from agentflow.log.port import Identity, Message, Trim, TrimmableLog
 from agentflow.logs import get_logger
+from agentflow.objects.kept import keep_messages, read_message
 from agentflow.objects.port import RemovableObjects
-from agentflow_projections.archive import Archive, ArchiveDamaged, Stretch, chain_at_end, verify
+from agentflow_projections.archive import (
+    Archive,
+    ArchiveDamaged,
+    Stretch,
+    chain_at_end,
+    read_messages,
+    verify,
+)
 from agentflow_projections.archive_writer import Pile, Point, keep_state, remove_unfinished, seal
 from agentflow_projections.archived_log import check_seam
 from agentflow_projections.chain import START
 from agentflow_projections.rows import Recorder
-from agentflow_projections.trimmed import fetch_snapshot
+from agentflow_projections.trimmed import fetch_snapshot, needed
 
 _ROWS_MAX: Final = 20_000
 """So many rows are kept as tuples before they become columns."""
@@ -318,9 +328,16 @@ class Archiver:
         self._point("trim")
         removed = await self._log.trim(to)
         _log.info("trimmed", stream=self._identity[0], up_to=target, removed=removed)
-        if found is not None and found.snapshot.name != to.snapshot.name:
-            await self._objects.remove(found.snapshot)
+        await self._forget(found, to)
         return removed
+
+    async def _forget(self, before: Trim | None, now: Trim) -> None:
+        """Remove from the object store what stood for the last trim and not for this one."""
+        if before is not None:
+            stays = {each.name for each in _objects_of(now)}
+            for ref in _objects_of(before):
+                if ref.name not in stays:
+                    await self._objects.remove(ref)
 
     async def _stand_in(self, target: int) -> Trim:
         """Put the state of the fold where everybody finds it, and get it back."""
@@ -331,7 +348,27 @@ class Archiver:
         if hash_of(snapshot(restore(stored, knows=LEVEL))) != digest:
             raise ArchiveDamaged(f"the state at {self.seq} is not restored as it was: nothing is trimmed")
         chain = self._pile.chain.hex()
-        return Trim(target, self.seq, ref, digest=digest, chain=chain, level=self.state.level)
+        kept = await keep_messages(self._objects, await self._messages_for_work(target))
+        return Trim(target, self.seq, ref, digest=digest, chain=chain, level=self.state.level, kept=kept)
+
+    async def _messages_for_work(self, target: int) -> list[Message]:
+        """What open work will be read from, of what is trimmed."""
+        positions = needed(self.state)
+        begin = self._stretches[0].manifest.first_seq
+        found = [
+            await read_message(self._log, self._objects, seq) for seq in sorted(positions) if seq < begin
+        ]
+        kept = [message for message in found if message is not None]
+        return kept + await asyncio.to_thread(lambda: list(self._archived(positions, target)))
+
+    def _archived(self, positions: AbstractSet[int], target: int) -> Iterator[Message]:
+        """The messages at these positions, in order, as far as they are trimmed."""
+        for stretch in self._stretches:
+            manifest = stretch.manifest
+            wanted = {seq for seq in positions if manifest.first_seq <= seq <= min(manifest.last_seq, target)}
+            if wanted:
+                for messages in read_messages(stretch):
+                    yield from (message for message in messages if message.seq in wanted)
 
     def _due(self) -> int:
         """The end of the last stretch that is older than the policy's age."""
@@ -358,6 +395,10 @@ class Archiver:
                 excess -= stretch.manifest.bytes
                 target = stretch.last_seq
         return target
+
+
+def _objects_of(trim: Trim) -> list[ObjectRef]:
+    return [trim.snapshot, *(each.messages for each in trim.kept)]
 
 
 def _day(message: Message) -> str:

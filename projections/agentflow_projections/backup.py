@@ -154,8 +154,9 @@ def _prepare(folder: Path) -> None:
 
 async def _save(bus: Bus, folder: Path, namespace: str, progress: Progress) -> SavedNamespace:
     """The log, then the objects it names."""
+    log_name = wire.stream(namespace)
     for attempt in range(_ATTEMPTS_MAX):
-        log = await _save_stream(bus, folder, wire.stream(namespace), progress)
+        log = await _save_stream(bus, folder, log_name, progress)
         trim = read_trim(log.config)
         try:
             if trim is not None:
@@ -168,8 +169,10 @@ async def _save(bus: Bus, folder: Path, namespace: str, progress: Progress) -> S
         objects: SavedStream | None = None
         with suppress(LogGone):
             objects = await _save_stream(bus, folder, wire.object_stream(namespace), progress)
-        return SavedNamespace(namespace, log, objects, trim)
-    raise AssertionError("unreachable")
+        if (await stream_info(bus, log.name, _API_TIMEOUT_S)).identity.trim == trim:
+            return SavedNamespace(namespace, log, objects, trim)
+        # Trimmed further since, what stands for what was trimmed may be gone from the objects.
+    raise OperatingError(f"{log_name} is trimmed again and again while it is backed up: stop its archiver")
 
 
 async def _save_stream(bus: Bus, folder: Path, name: str, progress: Progress) -> SavedStream:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from agentflow.domain.life import FINAL
 from agentflow.domain.snapshot import SnapshotUnreadable, hash_of, restore
 from agentflow.domain.state import Namespace
 from agentflow.errors import LogTrimmed, ObjectMissing
@@ -12,6 +13,18 @@ from agentflow.log.port import Log
 from agentflow.objects.port import Objects
 
 _ATTEMPTS_MAX: Final = 5
+
+
+def needed(state: Namespace) -> set[int]:
+    """The positions of messages that open work will be read from: arguments and results the fold does not hold."""
+    found: set[int] = set()
+    for task in state.tasks.values():
+        if task.payload is not None and task.payload.fetch and task.state not in FINAL:
+            found.add(task.seq)
+        result = None if task.node is None else task.node.result
+        if result is not None and not result.value:
+            found.add(result.seq)
+    return found
 
 
 async def fetch_snapshot(log: Log, objects: Objects, *, level: int = LEVEL) -> tuple[Namespace, bytes]:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from agentflow import wire
+from agentflow import Needs, Workflow, wire
 from agentflow.bus import Bus
+from agentflow.errors import LogTrimmed
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Done, Frame, Message
 from agentflow_nodes.archiver.node import ArchiverConfig, ArchiverNode, archiver_of
@@ -23,7 +24,7 @@ from agentflow_nodes.projector.node import ProjectorNode
 from agentflow_projections.archive import UNFINISHED, Archive, verify
 from agentflow_projections.archived_log import ArchivedLog
 from agentflow_projections.archiver import Keep, Sealing
-from tests.app import add
+from tests.app import add, size_of, text_of, wait_for_file
 from tests.cluster import Cluster
 from tests.eventually import eventually
 from tests.integration.test_backup import read_all
@@ -179,6 +180,42 @@ async def test_the_daemon_trims_while_a_cluster_works(
             assert [each.seq for each in messages] == list(range(1, messages[-1].seq + 1))
             elections = [each for each in messages if each.subject == wire.elected("default")]
             assert await log.last(wire.elected("default")) == elections[-1]
+
+
+async def test_open_work_outlives_the_messages_it_came_with(
+    nats_server: NatsServer, bus: Bus, tmp_path: Path
+) -> None:
+    large = "x" * 3_000  # the fold keeps its position only
+    config = ArchiverConfig(folder=tmp_path, url=nats_server.url, keep=Keep(age_s=0, young_s=0))
+    async with Cluster(nats_server) as cluster, JetStreamLog(bus, "default") as log:
+
+        async def trim() -> None:
+            async with archiver_of(config, bus, log) as archiver:
+                await archiver.run(until=(await log.identity()).last_seq)
+            identity = await log.identity()
+            assert identity.first_seq == identity.trimmed_seq + 1 > 2
+
+        await cluster.leader()
+        client = await cluster.client()
+        await cluster.worker(name="first")
+        done = await client.submit(add, 1, 1)
+        assert await done.result(20) == 2
+        flow = Workflow("texts")
+        text, gate = flow.add(text_of, 3_000), flow.add(wait_for_file, str(tmp_path / "gate"))
+        size = flow.add(size_of, text)
+        flow.after(size, gate)
+        running = await client.submit_workflow(flow)
+        waiting = await client.submit(size_of.options(needs=Needs(group="later")), large)
+        await running.task(text.task_id).result(20)
+        await trim()
+        await trim()
+        (tmp_path / "gate").write_text("open")
+        assert await running.task(size.task_id).result(20) == 3_000
+        await cluster.worker(name="later", group="later")
+        assert await waiting.result(20) == 3_000
+        late = await cluster.client(name="late")
+        with pytest.raises(LogTrimmed, match="read it from the archive"):
+            await late.task(done.id).result(20)
 
 
 async def test_the_archiver_outlives_the_server(nats_server: NatsServer, bus: Bus, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from agentflow.events import (
     WorkflowCompleted,
 )
 from agentflow.log.port import Log
-from agentflow.log.stream import cut_off
+from agentflow.log.stream import cut_off, trimmed_off
 from agentflow.logs import get_logger
 from agentflow.notices import (
     DUPLICATE,
@@ -287,7 +287,8 @@ class Waiting:
         try:
             found = await self._log.identity()
             for handle in self._waits:
-                if 0 < handle.seq < found.first_seq:
+                # What was trimmed with our knowledge is part of the state: the task goes on.
+                if handle.seq > 0 and max(handle.seq, found.trimmed_seq + 1) < found.first_seq:
                     handle.fail(cut_off(found, handle.seq))
         except LogGone as gone:
             self._fail_all(gone)
@@ -296,10 +297,23 @@ class Waiting:
 
     async def _settle_ended(self, wanted: dict[str, list[Handle[Any]]], statuses: Sequence[Status]) -> None:
         ended = [status for status in statuses if status.state in FINAL and status.seq]
-        for outcome in await self._read_outcomes(ended):
+        outcomes = await self._read_outcomes(ended)
+        for outcome in outcomes:
             for handle in wanted[outcome.id]:
                 rejection = await self._rejection(handle) if handle.chosen and handle.seq else None
                 self._settle(handle, rejection or outcome)
+        if len(outcomes) < len(ended):
+            known = {outcome.id for outcome in outcomes}
+            await self._fail_trimmed(wanted, [status for status in ended if status.id not in known])
+
+    async def _fail_trimmed(self, wanted: dict[str, list[Handle[Any]]], ended: Sequence[Status]) -> None:
+        """The end of a task lies in the archive: nobody who waits for it would ever be told."""
+        found = await self._log.identity()
+        for status in ended:
+            if status.seq <= found.trimmed_seq:
+                for handle in wanted[status.id]:
+                    self._unchain(handle)
+                    handle.fail(trimmed_off(found, status.seq))
 
     def _settle(self, handle: Handle[Any], outcome: Outcome) -> None:
         self._unchain(handle)

@@ -53,6 +53,15 @@ class Message(Struct, frozen=True, gc=False):
     headers: dict[str, str] | None = None
 
 
+class KeptMessages(Struct, frozen=True):
+    """Messages of the part that was trimmed that open work still needs, in the object store."""
+
+    first_seq: int
+    last_seq: int
+    messages: ObjectRef
+    """A list of `Message`, as MessagePack."""
+
+
 class Trim(Struct, frozen=True):
     """What was written down before the beginning of the log was removed.
 
@@ -72,6 +81,8 @@ class Trim(Struct, frozen=True):
     """The hash chain over all messages up to the snapshot's position, in hex."""
     level: int
     """The contract level in force at the snapshot's position."""
+    kept: tuple[KeptMessages, ...] = ()
+    """In order: large arguments and results are read where they lie in the log, however old they are."""
 
 
 class Identity(Struct, frozen=True):

@@ -315,7 +315,7 @@ async def _again(client: agentflow.Client, found: Quarantined) -> TaskSubmitted:
     """The same work as a task of its own. Raises CliError if it cannot be put together any more."""
     row = found.row
     try:
-        work = await submission(client.log, found.id, row.seq, row.index)
+        work = await submission(client.log, found.id, row.seq, row.index, client.objects)
         again = _as_task(work, found.id)
         if not row.workflow:
             return again

@@ -27,6 +27,7 @@ from agentflow.events import (
 from agentflow.ids import TASK_SEPARATOR
 from agentflow.log.port import Log
 from agentflow.objects import ObjectStore
+from agentflow.objects.kept import read_message
 from agentflow.references import AT_KEY, RESULT_KEY
 
 _decode: Final = frames.decode_any
@@ -64,7 +65,7 @@ async def gather(log: Log, objects: ObjectStore, assigned: TaskAssigned) -> Mate
     """Fetch and put in place. Raises ObjectMissing, Disconnected, BadInput."""
     found = inline(assigned)
     if assigned.seq:
-        work = await submission(log, assigned.id, assigned.seq, assigned.index)
+        work = await submission(log, assigned.id, assigned.seq, assigned.index, objects)
         found = Materials(work.args, work.kwargs, work.argv, work.env)
     if assigned.object is not None:
         given = _decoded_object(await objects.get(assigned.object), assigned.object)
@@ -93,8 +94,8 @@ def _decoded_object(data: bytes, ref: ObjectRef) -> Any:
         raise BadInput(f"object {ref.name} holds no JSON: {error}") from error
 
 
-async def _item(log: Log, seq: int, index: int) -> Any:
-    message = await log.read(seq)
+async def _item(log: Log, objects: ObjectStore | None, seq: int, index: int) -> Any:
+    message = await (log.read(seq) if objects is None else read_message(log, objects, seq))
     if message is None:
         raise ObjectMissing(f"the log no longer holds position {seq}")
     items = frames.judge(message.subject, message.data, message.headers).items
@@ -103,9 +104,14 @@ async def _item(log: Log, seq: int, index: int) -> Any:
     return items[index]
 
 
-async def submission(log: Log, task_id: str, seq: int, index: int) -> Work:
-    """What was submitted for a task at a position. Raises ObjectMissing if it is not there."""
-    item = await _item(log, seq, index)
+async def submission(
+    log: Log, task_id: str, seq: int, index: int, objects: ObjectStore | None = None
+) -> Work:
+    """What was submitted for a task at a position, or kept of it when that was trimmed.
+
+    Raises ObjectMissing if it is not there.
+    """
+    item = await _item(log, objects, seq, index)
     if isinstance(item, TaskSubmitted):
         return item
     if isinstance(item, WorkflowSubmitted | WorkflowPart):
@@ -119,7 +125,7 @@ async def submission(log: Log, task_id: str, seq: int, index: int) -> Work:
 async def _result(log: Log, objects: ObjectStore, given: Input) -> Any:
     if given.value is not UNSET:
         return _decode(given.value)
-    item = await _item(log, given.seq, given.index)
+    item = await _item(log, objects, given.seq, given.index)
     if not isinstance(item, TaskCompleted):
         raise ObjectMissing(f"no result lies at {given.seq}, {given.index}")
     if item.object is not None:

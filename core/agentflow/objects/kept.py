@@ -1,0 +1,66 @@
+"""Messages that open work still needs though the log was trimmed: kept in the object store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+import msgspec
+
+from agentflow.errors import ObjectMissing
+from agentflow.log.port import KeptMessages, Log, Message, Trim
+from agentflow.objects.port import Objects
+
+KEPT_BYTES_MAX: Final = 8 * 1024 * 1024
+"""So much data is kept in one object, about: who needs one message reads all of it."""
+
+_encoder: Final = msgspec.msgpack.Encoder()
+_decoder: Final = msgspec.msgpack.Decoder(list[Message])
+
+
+async def keep_messages(objects: Objects, messages: Iterable[Message]) -> tuple[KeptMessages, ...]:
+    """Put messages, which come in order, into the object store. Raises as `Objects.put` does."""
+    kept: list[KeptMessages] = []
+    part: list[Message] = []
+    size = 0
+    for message in messages:
+        part.append(message)
+        size += len(message.data)
+        if size >= KEPT_BYTES_MAX:
+            kept.append(await _keep(objects, part))
+            part, size = [], 0
+    if part:
+        kept.append(await _keep(objects, part))
+    return tuple(kept)
+
+
+async def _keep(objects: Objects, messages: Sequence[Message]) -> KeptMessages:
+    ref = await objects.put(_encoder.encode(messages))
+    return KeptMessages(messages[0].seq, messages[-1].seq, ref)
+
+
+async def read_message(log: Log, objects: Objects, seq: int) -> Message | None:
+    """The message at a position: in the log, or kept when that was trimmed. None if it is nowhere.
+
+    Raises Disconnected, LogGone.
+    """
+    message = await log.read(seq)
+    before: Trim | None = None
+    while message is None:
+        trim = (await log.identity()).trim
+        if trim is None or trim == before:
+            return None
+        message = await _read_kept(objects, trim, seq)
+        before = trim  # another may have taken its place while we read
+    return message
+
+
+async def _read_kept(objects: Objects, trim: Trim, seq: int) -> Message | None:
+    for each in trim.kept:
+        if each.first_seq <= seq <= each.last_seq:
+            try:
+                found = _decoder.decode(await objects.get(each.messages))
+            except (ObjectMissing, msgspec.DecodeError):
+                return None
+            return next((message for message in found if message.seq == seq), None)
+    return None
