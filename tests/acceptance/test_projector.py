@@ -21,6 +21,7 @@ from agentflow.bus import Bus
 from agentflow.domain.snapshot import state_hash
 from agentflow.ending import end_tasks
 from agentflow.log.jetstream import JetStreamLog
+from agentflow.log.stream import stream_names
 from agentflow_nodes.cli.errors import Exit
 from agentflow_projections.database import Database
 from agentflow_projections.hydrate import StateFile, history_path
@@ -134,12 +135,13 @@ async def test_told_to_end_it_leaves_everything_it_read(cluster: Cluster, bus: B
     assert kept.seq == _checkpoint(path) > 0
 
 
-async def test_it_goes_on_when_its_server_is_back(
+async def test_it_waits_for_its_log_and_for_its_server(
     nats_server: NatsServer, cluster: Cluster, bus: Bus, tmp_path: Path
 ) -> None:
+    await cluster.process("projector", "--data", str(tmp_path), "--keep-events", "1")
     await cluster.leader()
     client = await cluster.client()
-    await cluster.process("projector", "--data", str(tmp_path), "--keep-events", "1")
+    await eventually(lambda: _kept_seq(tmp_path) > 0)
     await nats_server.kill()
     await nats_server.start()
     await client.submit_many(add, [(number, 1) for number in range(50)])
@@ -158,10 +160,23 @@ async def test_a_log_that_is_another_ends_it_with_the_status_for_that(
     await cluster.leader()
     await project(cluster.url, history_path(tmp_path, "default"))
     async with NatsServer() as another:
+        async with Bus(another.url, name="test") as elsewhere, JetStreamLog(elsewhere, "default"):
+            pass
         status, said = await _run_projector(another.url, tmp_path)
     assert status == Exit.LOG_GONE
     assert "the file follows AF_default" in said["error"]
     assert "move the DuckDB file away" in said["error"]
+
+
+async def test_a_log_that_was_deleted_is_not_made_again(cluster: Cluster, bus: Bus, tmp_path: Path) -> None:
+    await cluster.leader()
+    await project(cluster.url, history_path(tmp_path, "default"))
+    async with NatsServer() as another:
+        status, said = await _run_projector(another.url, tmp_path)
+        async with Bus(another.url, name="test") as elsewhere:
+            assert await stream_names(elsewhere, 5) == []
+    assert status == Exit.LOG_GONE
+    assert "there is no stream AF_default" in said["error"]
 
 
 async def _run_projector(url: str, folder: Path) -> tuple[int, dict[str, Any]]:

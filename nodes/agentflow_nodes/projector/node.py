@@ -20,6 +20,7 @@ from agentflow.logs import get_logger
 from agentflow_nodes.master.hashes import FoldHashes
 from agentflow_nodes.projector.config import ProjectorConfig
 from agentflow_nodes.projector.projection import Projection
+from agentflow_projections.hydrate import history_path
 from agentflow_projections.service import QueryService
 
 _DISCOVER_S: Final = 2.0
@@ -46,6 +47,8 @@ class ProjectorNode:
         self._tasks: dict[asyncio.Task[None], str] = {}
         self._done: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
         self._unfit: set[str] = set()
+        self._awaited: set[str] = set()
+        """Namespaces named that had no log."""
         self._instance = secrets.token_hex(8)
         self._stack = AsyncExitStack()
 
@@ -55,9 +58,10 @@ class ProjectorNode:
             await stack.enter_async_context(self.bus)
             stack.push_async_callback(self._end_tasks)
             for namespace in self.config.namespaces:
-                await self._add(namespace, create=True)
+                await self._add_named(namespace)
             if self.config.discover:
                 await self._discover_once()
+            if self.config.discover or self._awaited:
                 self._start(self._discover(), "")
             self._stack = stack.pop_all()
         return self
@@ -96,8 +100,21 @@ class ProjectorNode:
             del self.projections[namespace]
             self._unfit.add(namespace)
 
-    async def _add(self, namespace: str, *, create: bool) -> None:
-        log = JetStreamLog(self.bus, namespace, replicas=self.config.replicas, create=create)
+    async def _add_named(self, namespace: str) -> None:
+        """Follow it, or wait for it to come to be: who only reads makes no log in the place of one that is gone.
+
+        Raises LogGone if there was a log before.
+        """
+        try:
+            await self._add(namespace)
+        except LogGone:
+            if history_path(self.config.data, namespace).exists():
+                raise
+            _log.warning("there is no log yet", namespace=namespace)
+            self._awaited.add(namespace)
+
+    async def _add(self, namespace: str) -> None:
+        log = JetStreamLog(self.bus, namespace, replicas=self.config.replicas, create=False)
         await log.__aenter__()  # nothing to release: the bus is ours
         self.projections[namespace] = Projection(log, self.config)
         self._start(self._follow(self.projections[namespace]), namespace)
@@ -115,7 +132,7 @@ class ProjectorNode:
             hashes.close()
 
     async def _discover(self) -> None:
-        while True:
+        while self.config.discover or self._awaited - self.projections.keys():
             await asyncio.sleep(_DISCOVER_S)
             try:
                 await self._discover_once()
@@ -127,8 +144,10 @@ class ProjectorNode:
             namespace = wire.parse_stream(name)
             if namespace is None or namespace in self.projections or namespace in self._unfit:
                 continue
+            if not self.config.discover and namespace not in self._awaited:
+                continue
             try:
-                await self._add(namespace, create=False)
+                await self._add(namespace)
             except LogGone:  # in the meantime
                 continue
             except StreamMismatch as error:
