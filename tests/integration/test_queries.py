@@ -163,6 +163,22 @@ def test_what_a_ready_made_question_is_not_told_is_refused() -> None:
         named("nothing")
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("queue-depth", {"buckets": 0}),
+        ("queue-depth", {"buckets": 10_001}),
+        ("queue-depth", {"buckets": "60"}),
+        ("throughput", {"since": -1}),
+        ("open", {"limit": True}),
+        ("task", {"task": 5}),
+    ],
+)
+def test_a_ready_made_question_takes_no_more_than_it_is_worth(name: str, told: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=rf"{name}: \$\w+: expected a"):
+        named(name).question(told)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_depth_of_the_queue_is_what_the_fold_says(seed: int, tmp_path: Path) -> None:
     messages = History(seed).run(150)

@@ -53,7 +53,8 @@ def report_command(  # noqa: PLR0913, PLR0917 - options
         int | None, typer.Option("--buckets", min=1, max=10_000, help="Points of a curve.", show_default="60")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="Rows of the report open.", show_default="100")
+        int | None,
+        typer.Option("--limit", min=1, max=100_000, help="Rows of the report open.", show_default="100"),
     ] = None,
     svg: Annotated[
         Path | None,

@@ -15,9 +15,12 @@ from msgspec import Struct
 
 import agentflow_projections.queries as here
 from agentflow.errors import InvalidRequest
-from agentflow_projections.query import Question
+from agentflow_projections.query import LATEST, Question
 
 _PARAMETER: Final = re.compile(r"^-- \$(\w+)(?: = (\S+))?: (.+)$")
+
+_RANGES: Final = {"buckets": (1, 10_000), "limit": (1, 100_000), "since": (0, LATEST)}
+"""What a number may be."""
 
 
 class Parameter(Struct, frozen=True):
@@ -48,9 +51,22 @@ class Ready(Struct, frozen=True):
             raise InvalidRequest(
                 f"{self.name}: expected a value for ${missing[0]}: {known[missing[0]].meaning}"
             )
+        for name, value in given.items():
+            _check(f"{self.name}: ${name}", known[name], value)
         return Question(
             self.sql, {name: given.get(name, each.default) for name, each in known.items()}, as_of
         )
+
+
+def _check(what: str, parameter: Parameter, value: Any) -> None:
+    """Who asks may be anybody: nothing may cost more than it is worth. Raises InvalidRequest."""
+    if parameter.required:
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{what}: expected a text, found {value!r}")
+        return
+    least, most = _RANGES[parameter.name]
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise InvalidRequest(f"{what}: expected a number from {least} to {most}, found {value!r}")
 
 
 def _listed(names: dict[str, Parameter]) -> str:
