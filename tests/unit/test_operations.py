@@ -16,7 +16,7 @@ PAGE: Final = (ROOT / "docs" / "operations.md").read_text()
 _SOURCES: Final = [*(ROOT / "core").rglob("*.py"), *(ROOT / "nodes").rglob("*.py")]
 CODE: Final = "\n".join(path.read_text() for path in _SOURCES)
 _SHOWN: Final = re.compile(r"`([^`]+)`")
-_COMMAND: Final = re.compile(r"(?:^    |`)agentflow (\w+)([^`\n]*)", re.MULTILINE)
+_COMMAND: Final = re.compile(r"(?:^    |`)agentflow ([\w-]+)([^`\n]*)", re.MULTILINE)
 
 
 def _rows(heading: str) -> list[str]:
