@@ -7,10 +7,12 @@ commits, by a process that copies blocks: a tenth of a second for ten million ev
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -18,6 +20,7 @@ from agentflow_projections.database import Database
 from agentflow_projections.query import position_of
 from agentflow_projections.sandbox import NOBODY
 
+_PREFIX: Final = "agentflow-query-"
 _FRESH_S_MIN: Final = 0.5
 _FRESH_SHARE: Final = 20
 """Copying takes at most one part of so many of all time, unless somebody must see the newest."""
@@ -44,7 +47,10 @@ class _Copy:
         self.source: Final = database
         self.reach: Final = reach_now(database)
         self.users = 0
-        self._folder = tempfile.TemporaryDirectory(prefix="afq-", ignore_cleanup_errors=True)
+        self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
+        # Held until this process ends, however it does: what nobody holds is nobody's.
+        self._held = os.open(self._folder.name, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(self._held, fcntl.LOCK_EX)
         self.path: Final = Path(self._folder.name) / "db"
         try:
             database.copy_to(self.path)
@@ -59,6 +65,21 @@ class _Copy:
     def remove(self) -> None:
         """Remove it; doing it twice is harmless."""
         self._folder.cleanup()
+        held, self._held = self._held, -1
+        if held >= 0:
+            os.close(held)
+
+
+def remove_orphans() -> None:
+    """Remove the copies of projectors that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # somebody holds it, or it is not ours to open
+            found = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(found)
 
 
 def _give_away(path: Path) -> None:

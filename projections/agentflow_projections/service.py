@@ -33,7 +33,7 @@ from agentflow.bus import Bus, Subscription
 from agentflow.ending import end_tasks
 from agentflow.errors import AgentFlowError, Disconnected, InvalidRequest
 from agentflow.logs import get_logger
-from agentflow_projections.copies import Copies, reach_of
+from agentflow_projections.copies import Copies, reach_of, remove_orphans
 from agentflow_projections.database import Database
 from agentflow_projections.queries import named
 from agentflow_projections.query import Question, answer, parse_when, position_at, position_of
@@ -91,6 +91,7 @@ class QueryService:
         self._answering: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
+        await asyncio.to_thread(remove_orphans)
         subject = wire.service(self.namespace, wire.QUERY_SERVICE)
         self._subscription = await self._bus.subscribe(subject, self._on_message, queue=wire.QUERY_SERVICE)
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,25 @@ async def test_the_copy_that_is_asked_is_removed_in_the_end(bus: Bus, database: 
         assert Path(path).exists()
         assert str(database.path) != path
     assert not Path(path).exists()
+
+
+async def test_the_copies_of_who_was_killed_are_removed(
+    bus: Bus, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o755)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, other = tmp_path / "agentflow-query-left", tmp_path / "something-else"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "db").touch()
+    async with (
+        QueryService(bus, NAMESPACE, lambda: database) as first,
+        first._copies.use(database, 0) as path,
+    ):
+        assert not left.exists()
+        async with QueryService(bus, "other", lambda: database):
+            assert path.exists()
+    assert list(tmp_path.iterdir()) == [other]
 
 
 async def test_a_question_that_is_too_large_for_a_message_is_an_error(
