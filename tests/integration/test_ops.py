@@ -17,6 +17,8 @@ from agentflow.errors import AgentFlowError
 from agentflow.events import TaskSubmitted
 from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.node import Master
+from agentflow_nodes.projector.config import ProjectorConfig
+from agentflow_nodes.projector.node import ProjectorNode
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
 from tests.eventually import eventually
@@ -24,7 +26,10 @@ from tests.servers import NatsServer, nats_server_binary
 
 OPS = Path(__file__).resolve().parents[2] / "ops"
 SECRET = "correct-horse"  # noqa: S105 - of a server that lives as long as a test
-PASSWORDS = {f"{role}_PASSWORD": SECRET for role in ("SYS", "MASTER", "WORKER", "CLIENT", "GUEST", "ROUTE")}
+PASSWORDS = {
+    f"{role}_PASSWORD": SECRET
+    for role in ("SYS", "MASTER", "PROJECTOR", "WORKER", "CLIENT", "GUEST", "ROUTE")
+}
 
 
 def test_the_server_takes_the_configuration_of_a_cluster(tmp_path: Path) -> None:
@@ -93,6 +98,22 @@ async def test_locks_are_held_with_nobody_allowed_more_than_needed(guarded_serve
             await eventually(lambda: _waits(client, "window"))
         assert (await waiting).token > held.token
         assert await handle.result(20) == "door"
+
+
+async def test_history_is_asked_with_nobody_allowed_more_than_needed(
+    guarded_server: NatsServer, tmp_path: Path
+) -> None:
+    config = ProjectorConfig(data=tmp_path, url=_url(guarded_server, "projector"))
+    async with (
+        Master(MasterConfig(url=_url(guarded_server, "master"), name="m1")),
+        agentflow.Client(_url(guarded_server, "web"), name="web") as client,
+        ProjectorNode(config),
+    ):
+        handle = await client.submit_task(TaskSubmitted(shell="true"))
+        position = (await client.log.identity()).last_seq
+        request = {"sql": "SELECT id FROM tasks", "at_least": position}
+        reply = await client.bus.request_reply("afq.default.query", json.dumps(request).encode(), 20)
+        assert json.loads(reply.data)["rows"] == [[handle.id]]
 
 
 async def test_nobody_says_what_others_say(guarded_server: NatsServer) -> None:
