@@ -13,7 +13,9 @@ import msgspec
 import pytest
 
 from tests.chaos import audit
-from tests.chaos.__main__ import CI
+from tests.chaos.__main__ import CI, together
+from tests.chaos.audit import Finding
+from tests.chaos.campaign import Result
 from tests.chaos.options import Options
 from tests.chaos.record import LOG
 from tests.chaos.schedule import LEAD_IN_S, plan, possible
@@ -53,6 +55,19 @@ def test_what_continuous_integration_runs_is_enough() -> None:
     assert sum(options.tasks for options in CI) >= 50_000
     assert sum(len(plan(options)) for options in CI) >= 60
     assert {options.replicas for options in CI} == {1, 3}
+
+
+def test_an_invariant_has_to_see_something_in_one_run_of_a_campaign() -> None:
+    blind = Finding("I", "", 0, 1, [["it read no rows: nothing was checked"]])
+    broken = Finding("J", "", 5, 2, [])
+    seen = together([_result({"I": 0, "J": 5}, blind, broken), _result({"I": 3, "J": 5})])
+    assert [result.violations for result in seen] == [1, 0]
+    assert seen[0].broken == [broken]
+    assert [result.violations for result in together([_result({"I": 0}, blind)] * 2)] == [1, 1]
+
+
+def _result(looked: dict[str, int], *broken: Finding) -> Result:
+    return Result(1, len(broken), 1, 1, {}, {}, {}, looked, list(broken), 1, "", "")
 
 
 @pytest.mark.timeout(300)
