@@ -3,7 +3,11 @@
 set positional-arguments
 
 # Everything continuous integration checks
-default: fmt-check lint types imports prove test
+default: checks (chaos "--ci") test
+
+# What needs no servers: layout, rules, types, imports, and all interleavings of leases and locks
+[parallel]
+checks: fmt-check lint mypy pyright imports (model "--quick")
 
 # Lay out the code
 fmt:
@@ -19,20 +23,24 @@ lint:
     ruff check
 
 # Both type checkers, strict
-types:
+[parallel]
+types: mypy pyright
+
+[private]
+mypy:
     mypy core nodes projections tests
+
+[private]
+pyright:
     pyright
 
 # Do imports point inward, and is the domain free of IO?
 imports:
     lint-imports
 
-# Beside the tests: all interleavings of leases and locks, and faults on real processes
-prove: (model "--quick") (chaos "--ci")
-
-# All tests; those with real servers and processes one at a time, the others and 500 simulated clusters beside them
+# All tests, and 500 simulated clusters: more at a time than there are cores, since most wait most of the time
 test *arguments:
-    pytest -n 2 --dist loadgroup "$@"
+    pytest -n 3 --dist worksteal "$@"
 
 # Tests without IO, in seconds
 test-unit *arguments:

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
-from pathlib import Path
-from typing import Final
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from agentflow.bus import Bus
 from tests.cluster import Cluster
 from tests.servers import NatsServer
-
-UNTIMED: Final = tuple(Path(__file__).parent / name for name in ("unit", "sim"))
-
-
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Tests with real servers and processes measure time: they run one after the other."""
-    for item in items:
-        untimed = item.get_closest_marker("untimed") is not None
-        if not untimed and not any(item.path.is_relative_to(folder) for folder in UNTIMED):
-            item.add_marker(pytest.mark.xdist_group("one at a time"))
 
 
 @pytest.fixture(autouse=True)

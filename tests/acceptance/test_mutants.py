@@ -12,8 +12,6 @@ from tests.mutants.check import check
 from tests.mutants.harness import ROOT
 from tests.mutants.mutant import Mutant, Stale, mutated
 
-pytestmark = pytest.mark.untimed
-
 QUICK = [mutant for mutant in MUTANTS if mutant.quick]
 HARMLESS = Mutant(
     "nothing is off",

@@ -17,8 +17,6 @@ from tests.sim.world import Report, simulate
 
 SEED = 9
 
-pytestmark = pytest.mark.untimed
-
 
 @pytest.fixture(scope="module", autouse=True)
 def _quiet() -> Iterator[None]:

@@ -20,8 +20,6 @@ from tests.unit.given import Logged, fold_all
 from tests.unit.histories import History
 from tests.unit.told import Told, messages_of
 
-pytestmark = pytest.mark.untimed
-
 SEED = 3
 
 

@@ -28,8 +28,6 @@ from tests.eventually import eventually
 from tests.unit.given import NAMESPACE, fold_all
 from tests.unit.histories import History
 
-pytestmark = pytest.mark.untimed
-
 SEEDS = st.integers(0, 2**32)
 
 

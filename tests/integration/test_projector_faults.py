@@ -29,8 +29,6 @@ from tests.eventually import eventually
 from tests.integration.test_projector import World, expected_rows, rows_of
 from tests.unit.given import NAMESPACE
 
-pytestmark = pytest.mark.untimed
-
 HALF = 60
 _PAUSE_S = 0.01
 

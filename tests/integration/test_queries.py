@@ -22,8 +22,6 @@ from tests.golden.record import read_log
 from tests.unit.given import NAMESPACE, Logged, fold_all
 from tests.unit.histories import History
 
-pytestmark = pytest.mark.untimed
-
 OPEN = ("pending", "ready", "running")
 ABOUT = {"task": {"task": "flow/b"}, "workflow": {"workflow": "flow"}}
 

@@ -21,8 +21,6 @@ from tests.unit.given import NAMESPACE, fold_all
 from tests.unit.histories import History
 from tests.unit.told import Told
 
-pytestmark = pytest.mark.untimed
-
 SEED = 3
 
 

@@ -31,8 +31,6 @@ from agentflow_projections.sandbox import (
 from tests.integration.test_queries import written
 from tests.unit.histories import History
 
-pytestmark = pytest.mark.untimed
-
 CANARY = "canary-4711"
 RSS_KB_MAX = 1_258_291
 """1.2 GiB."""

@@ -105,8 +105,8 @@ NODES: Final = (
     Mutant(
         "a worker runs what another incarnation was assigned",
         _WORKER,
-        "if assigned.incarnation != self._incarnation or ",
-        "if ",
+        "if assigned.incarnation != self._incarnation:",
+        "if assigned.incarnation < 0:",
         ("tests/integration/test_assignments.py::test_only_what_names_its_incarnation_runs",),
     ),
     Mutant(
