@@ -8,7 +8,6 @@ import itertools
 import json
 import secrets
 import shutil
-import socket
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Self
 
 from agentflow.bus import Bus
 from agentflow.errors import Disconnected
+from agentflow_nodes.embedded.address import free_ports
 from tests.eventually import eventually
 from tests.faultproxy import FaultProxy
 
@@ -37,11 +37,8 @@ def nats_server_binary() -> str:
 
 
 def free_port() -> int:
-    """A port the kernel says is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    """A port that stays free until a server of the test's takes it."""
+    return free_ports(1)[0]
 
 
 class NatsServer:
@@ -110,10 +107,14 @@ class NatsServer:
             self._process = await asyncio.create_subprocess_exec(
                 nats_server_binary(), "-c", str(config), stdout=output, stderr=output
             )
-        async with asyncio.timeout(_START_TIMEOUT_S):
-            while not await self._answers():
-                assert self._process.returncode is None, (self._folder / "output").read_text()
-                await asyncio.sleep(0.01)
+        try:
+            async with asyncio.timeout(_START_TIMEOUT_S):
+                while not await self._answers():
+                    assert self._process.returncode is None, (self._folder / "output").read_text()
+                    await asyncio.sleep(0.01)
+        except BaseException:
+            await self.kill()
+            raise
 
     def send(self, number: int) -> None:
         """Send it a signal."""
@@ -183,12 +184,20 @@ class NatsCluster:
     """
 
     def __init__(self, size: int = 3) -> None:
-        self._ports = [free_port() for _ in range(size)]
+        self._ports = free_ports(size)
         self._routes: dict[tuple[int, int], FaultProxy] = {}
         self.servers: list[NatsServer] = []
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def _start(self) -> None:
         places = range(len(self._ports))
         for here, there in itertools.permutations(places, 2):
             proxy = FaultProxy(self._ports[there])
@@ -196,9 +205,10 @@ class NatsCluster:
         for here in places:
             routes = [_port_of(self._routes[here, there]) for there in places if there != here]
             self.servers.append(NatsServer(routes=routes, cluster_port=self._ports[here]))
-        await asyncio.gather(*map(self._stack.enter_async_context, self.servers))
+        async with asyncio.TaskGroup() as starting:
+            for server in self.servers:
+                starting.create_task(self._stack.enter_async_context(server))
         await self.elected()
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from agentflow_nodes.embedded.address import free_ports
 from tests.faultproxy import FaultProxy
-from tests.servers import NatsServer, free_port
+from tests.servers import NatsServer
 
 _MB: Final = 1 << 20
 _ROOM_LEFT_BYTES: Final = 256 * 1024
@@ -143,7 +144,7 @@ class Servers:
 
     async def __aenter__(self) -> Self:
         async with AsyncExitStack() as stack:
-            ports = [free_port() for _ in range(self._count)]
+            ports = free_ports(self._count)
             for number, port in enumerate(ports):
                 server = Server(
                     self._disk.folder / f"server-{number}", cluster_port=port if self._replicated else None

@@ -21,10 +21,11 @@ from agentflow.errors import AgentFlowError, Disconnected, StreamMismatch
 from agentflow.leases.bucket import bucket_config
 from agentflow.leases.jetstream import JetStreamLeases
 from agentflow.leases.port import Lease, Removed
+from agentflow_nodes.embedded.address import free_ports
 from tests.eventually import eventually
 from tests.faultproxy import FaultProxy
 from tests.integration.leases_conformance import BUCKET, KEY, LONG_S, LeasesConformance, Watching, held, seen
-from tests.servers import NatsServer, free_port
+from tests.servers import NatsServer
 
 STREAM = wire.bucket_stream(BUCKET)
 
@@ -156,7 +157,7 @@ class TestServersMarkers(LeasesConformance):
 async def servers() -> AsyncGenerator[list[NatsServer], None]:
     """Three servers, for all tests of a class."""
     async with AsyncExitStack() as stack:
-        routes = [free_port() for _ in range(3)]
+        routes = free_ports(3)
         servers = [NatsServer(routes=routes, cluster_port=port) for port in routes]
         await asyncio.gather(*(stack.enter_async_context(server) for server in servers))
         yield servers

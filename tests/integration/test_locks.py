@@ -20,9 +20,10 @@ from agentflow.frames import encode, level_headers
 from agentflow.leases.bucket import bucket_config
 from agentflow.locks.held import Held
 from agentflow.log.port import Frame
+from agentflow_nodes.embedded.address import free_ports
 from tests.eventually import eventually
 from tests.faultproxy import FaultProxy
-from tests.servers import NatsServer, free_port
+from tests.servers import NatsServer
 
 LOCK = "db migrate: tenant/42 ✓"
 TTL_S = 2
@@ -591,7 +592,7 @@ async def create_bucket(bus: Bus, *, first_seq: int) -> None:
 
 @pytest.mark.timeout(120)
 async def test_on_three_servers_locks_outlive_the_loss_of_one() -> None:
-    routes = [free_port() for _ in range(3)]
+    routes = free_ports(3)
     servers = [NatsServer(routes=routes, cluster_port=port) for port in routes]
     async with contextlib.AsyncExitStack() as stack:
         await asyncio.gather(*(stack.enter_async_context(server) for server in servers))

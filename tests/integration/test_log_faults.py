@@ -17,9 +17,10 @@ from agentflow.bus import Bus
 from agentflow.errors import Disconnected
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Appended, Done, Fence, Frame, Message, Reason, Refused, Unknown
+from agentflow_nodes.embedded.address import free_ports
 from tests.eventually import eventually
 from tests.faultproxy import FaultProxy
-from tests.servers import NatsServer, free_port
+from tests.servers import NatsServer
 
 NAMESPACE = "faults"
 ELECTED = wire.elected(NAMESPACE)
@@ -370,7 +371,7 @@ class Cluster:
     """Three nats-servers."""
 
     def __init__(self) -> None:
-        routes = [free_port() for _ in range(3)]
+        routes = free_ports(3)
         self.servers = [NatsServer(routes=routes, cluster_port=port) for port in routes]
         self._stack = AsyncExitStack()
 

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import secrets
+import socket
 from typing import Final
 
 from agentflow.errors import OperatingError
 
 _INFO_TIMEOUT_S: Final = 5.0
+_FREE_PORTS: Final = range(12_000, 32_000)
+"""Below those that kernels give to outgoing connections, which would take a free one before its server does."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ports on loopback that nobody listens on, and that no outgoing connection takes meanwhile."""
+    found: list[int] = []
+    with contextlib.ExitStack() as stack:
+        while len(found) < count:
+            listener = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):  # somebody listens there: the next one
+                listener.bind(("127.0.0.1", secrets.choice(_FREE_PORTS)))
+                found.append(listener.getsockname()[1])
+    return found
 
 
 async def check_identity(host: str, port: int, name: str) -> None:

@@ -11,11 +11,9 @@ the folder (`cluster.json`); the secret of the routes and their ports are new at
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import secrets
 import shutil
-import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -29,6 +27,7 @@ from agentflow.bus import Bus
 from agentflow.ending import end_tasks
 from agentflow.errors import Disconnected, OperatingError
 from agentflow.logs import get_logger
+from agentflow_nodes.embedded.address import free_ports
 from agentflow_nodes.embedded.folder import used_bytes, writing
 from agentflow_nodes.embedded.server import EmbeddedServer, Peer, Sync
 
@@ -133,7 +132,7 @@ class EmbeddedCluster:
         return (gone or self.servers)[-1].log_file
 
     def _made(self, kept: _Kept) -> list[EmbeddedServer]:
-        routes = _free_ports(self._replicas)
+        routes = free_ports(self._replicas)
         secret = secrets.token_urlsafe(24)
         with writing(self.data_dir):
             free = shutil.disk_usage(self.data_dir).free * (1 - _SPARED_SHARE)
@@ -244,10 +243,3 @@ def _keep(data_dir: Path, replicas: int) -> _Kept:
 
 async def _entered(server: EmbeddedServer) -> None:
     await server.__aenter__()
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that the kernel says are free now, all of them different."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [int(each.getsockname()[1]) for each in sockets]
