@@ -3,11 +3,18 @@
 set positional-arguments
 
 # Everything continuous integration checks
-default: checks (chaos "--ci") test
+default: checks proof
 
 # What needs no servers: layout, rules, types, imports, and all interleavings of leases and locks
 [parallel]
 checks: fmt-check lint mypy pyright imports (model "--quick")
+
+# The campaign and all tests, and beside them 500 simulated clusters, since the others wait most of the time
+[parallel, private]
+proof: (sim "--background") campaign-and-tests
+
+[private]
+campaign-and-tests: (chaos "--ci") test
 
 # Lay out the code
 fmt:
@@ -38,7 +45,7 @@ pyright:
 imports:
     lint-imports
 
-# All tests, and 500 simulated clusters: more at a time than there are cores, since most wait most of the time
+# All tests: more at a time than there are cores, since most wait most of the time
 test *arguments:
     pytest -n 3 --dist worksteal "$@"
 

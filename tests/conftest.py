@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
-from typing import Final
 
 import pytest
 
 from agentflow.bus import Bus
 from tests.cluster import Cluster
 from tests.servers import NatsServer
-
-SIMULATED: Final = Path(__file__).parent / "sim"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first: the others find room beside it."""
-    items.sort(key=lambda item: not item.path.is_relative_to(SIMULATED))
 
 
 @pytest.fixture(autouse=True)

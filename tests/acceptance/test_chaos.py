@@ -85,14 +85,23 @@ async def test_a_short_run_breaks_nothing_and_can_be_audited_again(tmp_path: Pat
         str(tmp_path),
     )
     done = chaos(*arguments, "--masters", "2", "--workers", "2", "--clients", "1")
-    result: dict[str, Any] = msgspec.json.decode(done.stdout.splitlines()[-1])
-    assert (done.returncode, result["violations"], result["seeds"]) == (0, 0, [5]), done.stderr
+    result = _told(done)
+    assert result["seeds"] == [5]
     assert result["tasks"] >= 2000
     assert result["faults"] >= 5
     (folder,) = tmp_path.iterdir()
     assert (folder / LOG).stat().st_size > 100_000
-    assert audit.main(folder) == 0
+    assert audit.main(folder) == result["violations"]
     await eventually(lambda: not _left_running(folder))
+
+
+def _told(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The summary of a run that broke nothing. So short a run may have had nothing for an invariant to look at."""
+    summary: dict[str, Any] = msgspec.json.decode(done.stdout.splitlines()[-1])
+    (run,) = summary["runs"]
+    assert [each for each in run["broken"] if each["looked"]] == [], done.stderr
+    assert (done.returncode, summary["violations"]) == (bool(run["broken"]), len(run["broken"]))
+    return summary
 
 
 def _left_running(folder: Path) -> list[int]:
@@ -118,14 +127,14 @@ def test_a_tampered_log_is_found(tmp_path: Path) -> None:
         *("--seed", "6", "--minutes", "0.05", "--pace", "1,2", "--tasks", "500", "--keep", str(tmp_path)),
         *("--masters", "1", "--workers", "1", "--clients", "1", "--faults", "latency"),
     )
-    assert done.returncode == 0, done.stderr
+    before = _told(done)["violations"]
     (folder,) = tmp_path.iterdir()
     log = folder / LOG
     data = bytearray(log.read_bytes())
-    at = data.index(b'"attempt":1', len(data) // 2)
+    at = data.rindex(b'"attempt":1')
     data[at + len(b'"attempt":')] = ord("2")
     log.write_bytes(data)
-    assert audit.main(folder) > 0
+    assert audit.main(folder) > before
 
 
 @pytest.mark.timeout(120)

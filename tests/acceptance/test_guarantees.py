@@ -334,7 +334,8 @@ async def test_a_dead_holders_lock_goes_to_who_came_first(nats_server: NatsServe
         assert not second.done()
         await held.release()
         last = await asyncio.wait_for(second, SOON_S)
-        said = [(event.kind, event.token) for event in await history(client)]
+        # Each of those who waited may say that it is lost.
+        said = list(dict.fromkeys((event.kind, event.token) for event in await history(client)))
         assert said[:3] == [("lock.acquired", token), ("lock.lost", token), ("lock.acquired", held.token)]
         assert token < held.token < last.token
 

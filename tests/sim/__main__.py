@@ -1,6 +1,6 @@
 """`just sim`: run many seeds, and print as the last line one JSON object.
 
-    python -m tests.sim --seeds 500 [--seed FIRST] [--tasks T] [--jobs J] [--trace]
+    python -m tests.sim --seeds 500 [--seed FIRST] [--tasks T] [--jobs J] [--trace] [--background]
 
 For each seed its digest is printed: of the log, of what the fold made of every event, and of
 everything that happened. The same seed gives the same digest, in any process. A seed that
@@ -31,6 +31,7 @@ _SHOWN_MAX = 10
 """Violations shown of one seed."""
 _LOOKS_FROM_SEEDS = 100
 """From so many seeds on every check must have had something to look at, and everything must have happened."""
+_NICEST: Final = 19
 _HAPPENS: Final = (
     *("crash", "killed_by_task", "killed_for_good", "pause", "pause_beyond_lease", "clock_step"),
     *("partition", "partition_answers", "partition_requests", "server_down"),
@@ -46,6 +47,8 @@ _HAPPENS: Final = (
 def main() -> int:
     """Run, print, and tell whether all is well."""
     given = _arguments()
+    if given.background:
+        os.nice(_NICEST)
     console = Console(stderr=False, highlight=False, soft_wrap=True)
     began = time.perf_counter()
     reports = list(_shown(_run(given), given, console))
@@ -61,6 +64,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=TASKS, help="tasks submitted with each seed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--trace", action="store_true", help="print everything that happened")
+    parser.add_argument(
+        "--background",
+        action="store_true",
+        help="give way to all other processes, print only seeds that fail",
+    )
     return parser.parse_args()
 
 
@@ -85,7 +93,8 @@ def _shown(reports: Iterable[Report], given: argparse.Namespace, console: Consol
     with Progress(console=console, disable=not sys.stdout.isatty(), transient=True) as progress:
         bar = progress.add_task("seeds", total=given.seeds)
         for report in reports:
-            console.print(_line(report), markup=False)
+            if report.violations or not given.background:
+                console.print(_line(report), markup=False)
             if given.trace:
                 console.print("\n".join(report.trace), markup=False)
             for violation in report.violations[:_SHOWN_MAX]:
