@@ -26,6 +26,7 @@ from msgspec import UNSET, Raw, Struct
 from msgspec.structs import replace
 
 from agentflow import wire
+from agentflow.bulk import certainly_valid
 from agentflow.checks import Bad, check, unsound
 from agentflow.events import KINDS, ROLES, SINCE, Event, Reason, Role, WorkflowPart, WorkflowSubmitted
 from agentflow.limits import (
@@ -208,6 +209,8 @@ def _canonical(kind: str, data: bytes) -> list[Event] | None:
         return None
     if not same or not 0 < len(events) <= FRAME_EVENTS_MAX:
         return None
+    if len(events) > 1 and certainly_valid(kind, events):
+        return events
     raw_is_canonical = _RAW_IS_CANONICAL.get(kind)
     for event in events:
         if check(event) is not None or (raw_is_canonical is not None and not raw_is_canonical(event)):

@@ -11,6 +11,7 @@ UUIDv7: RFC 9562, section 5.7.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from agentflow.limits import ID_LENGTH_MAX
@@ -26,6 +27,20 @@ _is_id = _ID.fullmatch
 def is_id(text: str) -> bool:
     """Whether a client may choose `text` as the id of a task or workflow."""
     return _is_id(text) is not None
+
+
+def are_ids(texts: Sequence[str]) -> bool:
+    """Whether a client may choose each of these; the same as `is_id` of each, without a pattern."""
+    if not texts or not 1 <= min(map(len, texts)) <= max(map(len, texts)) <= ID_LENGTH_MAX:
+        return False
+    joined = "\n" + "\n".join(texts)
+    letters = joined.replace("-", "").replace("_", "").replace("\n", "")
+    return (
+        joined.count("\n") == len(texts)
+        and f"\n{DERIVED_PREFIX}" not in joined
+        and letters.isascii()
+        and (letters.isalnum() or not letters)
+    )
 
 
 def uuid7_time_ms(text: str) -> int | None:
