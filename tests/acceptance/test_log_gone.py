@@ -57,7 +57,7 @@ async def cut(server: NatsServer, folder: Path) -> None:
 FAULTS: Final[list[tuple[Fault, str]]] = [
     (deleted, f"there is no stream {STREAM}"),
     (created_anew, "was deleted and created again"),
-    (purged, "was purged"),
+    (purged, "purged"),
     (cut, "went back"),
 ]
 

@@ -123,9 +123,9 @@ def _checkpoint(path: Path) -> int:
 
 async def test_told_to_end_it_leaves_everything_it_read(cluster: Cluster, bus: Bus, tmp_path: Path) -> None:
     async with load(cluster):
-        projector = await cluster.process("projector", "--data", str(tmp_path))
+        projector = await cluster.process("projector", "--data", str(tmp_path), "--keep-events", "1")
         target = await last_seq(bus) + 300
-        await eventually(lambda: _reached(bus, target))
+        await eventually(lambda: _kept_seq(tmp_path) >= target)
         projector.send(signal.SIGTERM)
         assert await projector.ended() == Exit.OK
     path = history_path(tmp_path, "default")

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from asyncio.subprocess import Process
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 import psutil
@@ -138,7 +139,7 @@ async def _run(
         process = await asyncio.create_subprocess_exec(
             *command,
             env=environment,
-            preexec_fn=_die_with_us if kill else None,
+            preexec_fn=partial(_die_with, os.getpid()) if kill else None,
         )
     except OSError as error:
         say(f"error: {command[0]}: {error.strerror}", "red")
@@ -162,9 +163,11 @@ async def _run(
     return (status if status >= 0 else 128 - status), lost.is_set()
 
 
-def _die_with_us() -> None:
+def _die_with(parent: int) -> None:
     """In the command's process, before it becomes the command: if we are killed, nobody renews its lock."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # killed before we asked for that
+        os._exit(1)
 
 
 def _pass_on(process: Process, number: int) -> None:
