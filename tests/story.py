@@ -13,7 +13,8 @@ from agentflow.events import (
 )
 from agentflow.frames import Decision, encode
 from agentflow.log.port import Message
-from agentflow_projections.history import History, Keep, TaskRow
+from agentflow_projections.history import History, Keep
+from agentflow_projections.history_rows import TaskRow
 
 BEGIN_NS = 1_700_000_000_000_000_000
 STEP_NS = 100_000_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from agentflow_projections.history import TaskRow, WorkflowRow
+from agentflow_projections.history_rows import TaskRow, WorkflowRow
 
 
 class Side(Struct, frozen=True, kw_only=True):
@@ -54,8 +54,8 @@ class Run(Struct, frozen=True, kw_only=True):
     state: str
     tasks: int
     attempts: int
-    took_ms: int
-    """From its submission to its end, or to now."""
+    took_ms: int | None
+    """From its submission to its end, or to now; None: its submission is not known."""
     waited_ms: int
     """All its tasks together."""
     ran_ms: float
@@ -111,7 +111,7 @@ def _side(row: TaskRow | None, path: list[str], now_ms: int) -> Side | None:
         return None
     return Side(
         state=str(row.state),
-        attempts=len(row.attempts),
+        attempts=row.tries,
         wait_ms=row.wait_ms(now_ms),
         run_ms=row.run_ms(now_ms),
         worker=row.worker,
@@ -127,8 +127,8 @@ def _run(workflow: WorkflowRow, path: list[str], now_ms: int) -> Run:
         name=workflow.name,
         state=str(workflow.state),
         tasks=len(rows),
-        attempts=sum(len(row.attempts) for row in rows),
-        took_ms=(workflow.ended_ms or now_ms) - workflow.submitted_ms,
+        attempts=sum(row.tries for row in rows),
+        took_ms=workflow.took_ms(now_ms),
         waited_ms=sum(row.wait_ms(now_ms) or 0 for row in rows),
         ran_ms=round(sum(row.run_ms(now_ms) or 0.0 for row in rows), 3),
         critical_path=path,

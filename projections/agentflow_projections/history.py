@@ -10,22 +10,19 @@ tasks takes about a gigabyte if everything is kept.
 
 from __future__ import annotations
 
-import enum
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from typing import Final, cast
 
-from msgspec import UNSET, Raw, Struct, field
+from msgspec import UNSET, Raw, Struct
 
 from agentflow import ids
 from agentflow.checks import priority_of
 from agentflow.domain.fold import fold
 from agentflow.domain.life import FINAL, State, WorkflowState
-from agentflow.domain.state import Ended, Kind, Namespace, Task, Verdict, Worker
+from agentflow.domain.state import Ended, Kind, Namespace, Task, Verdict
 from agentflow.events import (
     Event,
-    ObjectRef,
     TaskAssigned,
     TaskCancelled,
     TaskCancelRequested,
@@ -47,167 +44,27 @@ from agentflow.events import (
     WorkflowTask,
 )
 from agentflow.frames import Judged, judge
-from agentflow.limits import FOLD_BYTES_MAX, LEVEL_FIRST
-from agentflow.log.port import Log, Message
+from agentflow.limits import FOLD_BYTES_MAX
+from agentflow.log.port import Message
+from agentflow_projections.history_begun import task_rows, worker_rows, workflow_rows
+from agentflow_projections.history_rows import (
+    Attempt,
+    TaskRow,
+    WorkerRow,
+    WorkerState,
+    WorkflowRow,
+    dependents_of,
+    runs_of,
+)
+from agentflow_projections.past import TO_THE_END, Past, Progress, Until, walk
 
 REFUSED_MAX: Final = 10_000
 """Latest refused events kept; `Namespace.quarantined` and `.rejected` count them all."""
 TAIL_KEPT_MAX: Final = 4_096
 """Characters kept of a tail of output; the event at the attempt's position has all of it."""
-RUNS_SHOWN_MAX: Final = 200
-"""Characters kept of what a task runs."""
 
 Keep = Callable[[str], bool]
 """Says of the id of a task outside a workflow, or of a workflow, whether rows are kept."""
-
-
-class WorkerState(enum.StrEnum):
-    """Where a worker's incarnation is."""
-
-    ACTIVE = "active"
-    DRAINING = "draining"
-    LOST = "lost"
-    LEFT = "left"
-
-
-class Attempt(Struct):
-    """One assignment of a task. Times are Unix milliseconds; 0: not yet, or not known."""
-
-    number: int
-    worker: str
-    incarnation: int
-    assigned_ms: int
-    started_ms: int = 0
-    """By the worker's clock."""
-    ended_ms: int = 0
-    run_us: int = 0
-    outcome: str = ""
-    """completed, failed, stopped, declined, lost or left; empty while it goes on."""
-    error: str = ""
-    """What kind of failure."""
-    message: str = ""
-    traceback: str = ""
-    stdout: str = ""
-    stderr: str = ""
-    seq: int = 0
-    """Position of the event that ended it."""
-    index: int = 0
-
-
-class TaskRow(Struct, kw_only=True):
-    """What became of a task."""
-
-    id: str
-    task_id: str
-    """Its name inside its workflow; otherwise its id."""
-    workflow: str = ""
-    title: str = ""
-    runs_kind: str
-    """function, shell or argv."""
-    runs: str
-    """The function's name, the script or the command, cut to RUNS_SHOWN_MAX."""
-    client: str
-    seq: int
-    """Position of its submission."""
-    index: int
-    priority: int
-    attempts_max: int
-    dependencies: list[str] = []
-    state: State
-    submitted_ms: int
-    ready_ms: int = 0
-    """When it first became ready."""
-    due_ms: int = 0
-    """End of its backoff, while it waits for one."""
-    ended_ms: int = 0
-    attempts: list[Attempt] = field(default_factory=list)
-    result: Raw | None = None
-    """The result, unless it is large: then it is at the last attempt's position."""
-    object: ObjectRef | None = None
-    error: str = ""
-    """Why it failed or was skipped."""
-    cancel_requested: bool = False
-    cancel_reason: str = ""
-    live: Task | None = None
-    """The fold's own object, until the task ends."""
-
-    @property
-    def worker(self) -> str:
-        """Where it runs or ran last."""
-        return self.attempts[-1].worker if self.attempts else ""
-
-    @property
-    def started_ms(self) -> int:
-        """When its first attempt started, or was assigned if no worker told."""
-        return (self.attempts[0].started_ms or self.attempts[0].assigned_ms) if self.attempts else 0
-
-    def wait_ms(self, now_ms: int) -> int | None:
-        """How long it waited for its first start once it was ready; None if it never was."""
-        if not self.ready_ms:
-            return None
-        until = self.started_ms or self.ended_ms or now_ms
-        return max(0, until - self.ready_ms)
-
-    def run_ms(self, now_ms: int) -> float | None:
-        """How long its last attempt ran; None if it never started."""
-        if not self.attempts:
-            return None
-        last = self.attempts[-1]
-        if last.run_us:
-            return last.run_us / 1000
-        until = last.ended_ms or now_ms
-        return max(0, until - (last.started_ms or last.assigned_ms))
-
-
-class WorkflowRow(Struct, kw_only=True):
-    """What became of a workflow."""
-
-    id: str
-    name: str = ""
-    description: str = ""
-    client: str
-    seq: int
-    index: int
-    state: WorkflowState = WorkflowState.RUNNING
-    submitted_ms: int
-    ended_ms: int = 0
-    tasks: dict[str, TaskRow]
-    """By task_id, in the order given."""
-    dependents: dict[str, list[str]]
-    """task_id -> the task_ids that depend on it."""
-
-    def counts(self) -> dict[str, int]:
-        """Tasks by state, in the order of a task's life; states nobody is in left out."""
-        found = [row.state for row in self.tasks.values()]
-        return {str(state): found.count(state) for state in State if state in found}
-
-
-class WorkerRow(Struct, kw_only=True):
-    """A worker's latest incarnation."""
-
-    name: str
-    incarnation: int
-    state: WorkerState = WorkerState.ACTIVE
-    slots: int
-    group: str
-    labels: dict[str, str]
-    cpu: float
-    memory_mb: int
-    gpus: int
-    functions: list[str]
-    host: str
-    pid: int
-    level: int = LEVEL_FIRST
-    """The highest contract level it lets be used."""
-    joined_ms: int
-    ended_ms: int = 0
-    reason: str = ""
-    """Why it was given up for lost."""
-    held: int = 0
-    completed: int = 0
-    failed: int = 0
-    """These three as of the last `History.worker_rows`."""
-    live: Worker | None = None
 
 
 class Refused(Struct, frozen=True, kw_only=True):
@@ -228,30 +85,40 @@ class Refused(Struct, frozen=True, kw_only=True):
 class History:
     """Rows of a namespace, up to date with `state.seq`."""
 
-    def __init__(self, namespace: str, *, keep: Keep | None = None) -> None:
-        self.state: Final = Namespace(namespace)
-        self.first_seq = 0
-        """First message seen; later than 1 if the log was trimmed."""
+    def __init__(self, namespace: str, *, keep: Keep | None = None, begun: Namespace | None = None) -> None:
+        """`begun`: the state before the first message, of which it begins with rows, too; changed from then on."""
+        self.state: Final = begun or Namespace(namespace)
         self.tasks: Final[dict[str, TaskRow]] = {}
         self.workflows: Final[dict[str, WorkflowRow]] = {}
         self.workers: Final[dict[str, WorkerRow]] = {}
         self.refused: Final[deque[Refused]] = deque(maxlen=REFUSED_MAX)
         self._keep = keep
-        self._parts: list[tuple[int, int, WorkflowPart]] = []
+        self._parts = [(at.seq, at.index, part) for at, part in self.state.parts]
+        self._begin()
+
+    def _begin(self) -> None:
+        """Rows for what the state knows already."""
+        self.workers.update(worker_rows(self.state))
+        for row in task_rows(self.state):
+            if self.wants(row.workflow or row.id):
+                self.tasks[row.id] = row
+        self.workflows.update(
+            (row.id, row) for row in workflow_rows(self.state, self.tasks) if self.wants(row.id)
+        )
 
     @property
     def now_ms(self) -> int:
         """Log time."""
         return self.state.clock_ms
 
-    def apply(self, message: Message) -> list[Verdict]:
+    def apply(self, message: Message, judged: Judged | None = None) -> list[Verdict]:
         """Fold one message and bring the rows up to date; the fold's verdicts."""
-        judged = judge(message.subject, message.data, message.headers)
+        if judged is None:
+            judged = judge(message.subject, message.data, message.headers)
         before = self._held_before(judged)
         verdicts = fold(self.state, message.seq, message.time_ns, judged)
         if not verdicts:
             return verdicts
-        self.first_seq = self.first_seq or message.seq
         if judged.whole is not None:
             self._refuse(message, judged, -1, verdicts[0])
         for index, (item, verdict) in enumerate(zip(judged.items, verdicts, strict=False)):
@@ -390,7 +257,7 @@ class _Step:
             index=self.index,
             submitted_ms=self.history.now_ms,
             tasks=rows,
-            dependents=_dependents(rows.values()),
+            dependents=dependents_of(rows.values()),
         )
 
     def _workflow_task(self, workflow_id: str, task: WorkflowTask, where: tuple[int, int]) -> TaskRow:
@@ -403,13 +270,13 @@ class _Step:
         return row
 
     def _new_row(self, work: Work, task_id: str, where: tuple[int, int]) -> TaskRow:
-        runs_kind, runs = _runs(work)
+        runs_kind, runs = runs_of(work)
         return TaskRow(
             id=task_id,
             task_id=task_id,
             title=work.title,
             runs_kind=runs_kind,
-            runs=runs[:RUNS_SHOWN_MAX],
+            runs=runs,
             client=self.actor,
             seq=where[0],
             index=where[1],
@@ -585,46 +452,10 @@ def _tail(text: str) -> str:
     return text[-TAIL_KEPT_MAX:]
 
 
-def _runs(work: Work) -> tuple[str, str]:
-    if work.function:
-        return "function", work.function
-    if work.shell:
-        return "shell", work.shell.strip()
-    return "argv", " ".join(word if isinstance(word, str) else str(word) for word in work.argv)
-
-
-def _dependents(rows: Iterable[TaskRow]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for row in rows:
-        for dependency in row.dependencies:
-            found.setdefault(dependency, []).append(row.task_id)
-    return found
-
-
-Progress = Callable[[int, int], None]
-"""Told now and then how far reading is: the last sequence read, and the one to be reached."""
-
-
 async def read_history(
-    log: Log, *, until: int | None = None, progress: Progress | None = None, keep: Keep | None = None
+    past: Past, *, until: Until = TO_THE_END, progress: Progress | None = None, keep: Keep | None = None
 ) -> History:
-    """Read a log from its beginning to where it ends now, or to `until`.
-
-    Raises LogGone, Disconnected.
-    """
-    history = History(log.namespace, keep=keep)
-    identity = await log.identity()
-    last = identity.last_seq if until is None else min(until, identity.last_seq)
-    if identity.first_seq > last:
-        return history
-    following = cast("AsyncGenerator[list[Message], None]", log.follow(identity.first_seq - 1))
-    async with aclosing(following):
-        async for messages in following:
-            for message in messages:
-                if message.seq <= last:
-                    history.apply(message)
-            if progress is not None:
-                progress(min(messages[-1].seq, last), last)
-            if messages[-1].seq >= last:
-                break
+    """Read a past from its beginning to its end, or to `until`. Raises what the past raises."""
+    history = History(past.namespace, keep=keep, begun=past.begin())
+    await walk(past, history.state, history.apply, until=until, progress=progress)
     return history

@@ -6,20 +6,33 @@ exported to a file another: whoever replays, explains or simulates does not know
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Final, Protocol, Self, cast
 
 from msgspec import Struct
 
-from agentflow.domain.snapshot import restore
+from agentflow import wire
+from agentflow.client.watching import LoggedEvent
+from agentflow.client.watching import events as logged_events
+from agentflow.domain.snapshot import restore, snapshot
 from agentflow.domain.state import Namespace
 from agentflow.errors import InvalidRequest, OperatingError
 from agentflow.limits import LEVEL
-from agentflow.log.port import Log, Message
+from agentflow.log.port import Identity, Log, Message
+from agentflow.objects.kept import read_kept
+from agentflow.objects.port import Objects
+from agentflow_projections.trimmed import fetch_snapshot
+
+_READS_AT_ONCE: Final = 64
 
 Progress = Callable[[int, int], None]
 """Told now and then how far reading is: the last sequence read, and the one to be reached."""
+
+
+Said = tuple[str, str]
+"""A kind of events, and who says them; "*": anybody."""
 
 
 class Until(Struct, frozen=True):
@@ -80,25 +93,37 @@ def begin_by(past: Past, until: Until) -> Namespace:
 class LoggedPast:
     """The past as the log has it, from its beginning to where it ends now.
 
-    Of a log that was trimmed only what follows `begun`, a snapshot of the state, can be had.
+    Of a log that was trimmed only what follows the snapshot that stands for the rest can be had,
+    and of the messages before it those that open work is read from.
     """
 
-    def __init__(self, log: Log, first_seq: int, last_seq: int, begun: bytes | None = None) -> None:
-        self._log = log
-        self._first_seq = first_seq
-        self._last_seq = last_seq
-        self._begun = begun
+    def __init__(
+        self, log: Log, identity: Identity, objects: Objects | None = None, begun: Namespace | None = None
+    ) -> None:
+        self.log: Final = log
+        self.objects: Final = objects
+        self.first_seq: Final = identity.first_seq
+        """The first message that can be read."""
+        self.known_from: Final = begun.seq + 1 if begun is not None else identity.first_seq
+        """From this position on nothing is missing; of what came before only what was open then is known."""
+        self._last_seq = identity.last_seq
+        self._begun = None if begun is None else snapshot(begun)
 
     @classmethod
-    async def of(cls, log: Log, begun: bytes | None = None) -> Self:
-        """The log as it is now. Raises LogGone, Disconnected."""
-        identity = await log.identity()
-        return cls(log, identity.first_seq, identity.last_seq, begun)
+    async def of(cls, log: Log, objects: Objects | None = None) -> Self:
+        """The log as it is now; without its objects a trimmed one has no beginning.
+
+        Raises LogTrimmed if the snapshot cannot be used, ObjectMissing, LogGone, Disconnected.
+        """
+        begun = None
+        if objects is not None and (await log.identity()).trim is not None:
+            begun, _ = await fetch_snapshot(log, objects)
+        return cls(log, await log.identity(), objects, begun)
 
     @property
     def namespace(self) -> str:
         """Whose log it is."""
-        return self._log.namespace
+        return self.log.namespace
 
     @property
     def last_seq(self) -> int:
@@ -109,15 +134,43 @@ class LoggedPast:
         """Nothing, if the log still has its beginning."""
         if self._begun is not None:
             return restore(self._begun, knows=LEVEL)
-        if self._first_seq > 1 and self._last_seq:
+        if self.first_seq > 1 and self._last_seq:
             raise OperatingError(
-                f"the log begins at {self._first_seq}: what came before was trimmed; an archive may have it"
+                f"the log begins at {self.first_seq}: what came before was trimmed; an archive may have it"
             )
         return Namespace(self.namespace)
 
     def messages(self, after: int) -> AsyncGenerator[Sequence[Message], None]:
         """What the log holds after a sequence."""
-        return cast("AsyncGenerator[Sequence[Message], None]", self._log.follow(after))
+        return cast("AsyncGenerator[Sequence[Message], None]", self.log.follow(after))
+
+    async def events(self, *wanted: Said) -> AsyncGenerator[LoggedEvent, None]:
+        """All events of these kinds that can be read, in order, to where the log ended when it was asked."""
+        after, until = self.first_seq - 1, self._last_seq
+        # A log is asked for these alone; an archive has to be read whole in any case.
+        archived = getattr(self.log, "archived_seq", 0) > 0
+        subjects = () if archived else [wire.event(self.namespace, *each) for each in wanted]
+        async with aclosing(
+            cast(
+                "AsyncGenerator[LoggedEvent, None]",
+                logged_events(self.log, after=after, until=until, subjects=subjects),
+            )
+        ) as events:
+            async for logged in events:
+                if (logged.kind, "*") in wanted or (logged.kind, logged.actor) in wanted:
+                    yield logged
+
+    async def read(self, positions: Iterable[int]) -> dict[int, Message]:
+        """The messages at these positions, as far as they are in the log or kept for open work."""
+        wanted, found = sorted(set(positions)), dict[int, Message]()
+        for start in range(0, len(wanted), _READS_AT_ONCE):
+            some = await asyncio.gather(*map(self.log.read, wanted[start : start + _READS_AT_ONCE]))
+            found |= {message.seq: message for message in some if message is not None}
+        missing = [seq for seq in wanted if seq not in found]
+        trim = (await self.log.identity()).trim if missing else None
+        if trim is not None and self.objects is not None:
+            found |= await read_kept(self.objects, trim, missing)
+        return found
 
 
 async def walk(

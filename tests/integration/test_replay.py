@@ -9,17 +9,15 @@ from typing import Any
 import duckdb
 import pytest
 
-from agentflow.domain.snapshot import snapshot, state_hash
+from agentflow.domain.snapshot import state_hash
 from agentflow.errors import InvalidRequest, OperatingError
-from agentflow.log.memory import MemoryLog, MemoryServer
-from agentflow.log.port import Frame
 from agentflow_projections.database import Database
 from agentflow_projections.past import LoggedPast, Until
 from agentflow_projections.query import Question, Reader
 from agentflow_projections.replay import Verified, project, replay, verify
 from tests.unit.given import NAMESPACE, fold_all
 from tests.unit.histories import History
-from tests.unit.told import Told
+from tests.unit.told import Told, trimmed_log
 
 SEED = 3
 
@@ -141,16 +139,12 @@ async def test_a_projection_ahead_of_the_log_is_none_of_it(told: Told, projected
         await compared(shorter, projected)
 
 
-async def test_of_a_trimmed_log_what_follows_the_snapshot_can_be_had(told: Told) -> None:
-    server = MemoryServer()
-    stream = server.create(NAMESPACE)
+async def test_of_a_trimmed_log_what_follows_the_snapshot_can_be_had() -> None:
     messages = History(SEED).run(300)
-    for each in messages:
-        stream.store(Frame(each.subject, each.data, None, each.headers), None, each.time_ns)
-    stream.purge(101)
-    async with MemoryLog(server, NAMESPACE) as log:
+    async with trimmed_log(messages, 80, snapshot_seq=100) as (log, objects):
         with pytest.raises(OperatingError, match="trimmed"):
             await replay(await LoggedPast.of(log))
-        past = await LoggedPast.of(log, snapshot(fold_all(messages[:100])))
+        past = await LoggedPast.of(log, objects)
         replayed = await replay(past)
+    assert (past.first_seq, past.known_from) == (81, 101)
     assert (replayed.first_seq, replayed.hash) == (101, state_hash(fold_all(messages)))

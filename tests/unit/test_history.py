@@ -25,7 +25,9 @@ from agentflow.events import (
 from agentflow.frames import encode
 from agentflow.log.memory import MemoryLog, MemoryServer
 from agentflow.log.port import Frame, Message
-from agentflow_projections.history import History, WorkerState, read_history
+from agentflow_projections.history import History, read_history
+from agentflow_projections.history_rows import WorkerState
+from agentflow_projections.past import LoggedPast, Until
 from tests.story import BEGIN_NS, Story, chain
 
 
@@ -261,13 +263,14 @@ async def test_reading_a_log_to_its_end() -> None:
             data = encode([TaskSubmitted(id=f"t{number}", shell="true")])
             await log.append(Frame("af.default.task.submitted.cli", data))
         told: list[tuple[int, int]] = []
-        history = await read_history(log, progress=lambda seq, last: told.append((seq, last)))
+        past = await LoggedPast.of(log)
+        history = await read_history(past, progress=lambda seq, last: told.append((seq, last)))
         assert len(history.tasks) == 5
         assert told[-1] == (5, 5)
-        part = await read_history(log, until=2)
+        part = await read_history(past, until=Until(seq=2))
         assert list(part.tasks) == ["t0", "t1"]
 
 
 async def test_reading_an_empty_log() -> None:
     async with MemoryLog(MemoryServer(), "default") as log:
-        assert not (await read_history(log)).tasks
+        assert not (await read_history(await LoggedPast.of(log))).tasks

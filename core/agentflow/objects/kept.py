@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -50,17 +51,18 @@ async def read_message(log: Log, objects: Objects, seq: int) -> Message | None:
         trim = (await log.identity()).trim
         if trim is None or trim == before:
             return None
-        message = await _read_kept(objects, trim, seq)
+        message = (await read_kept(objects, trim, [seq])).get(seq)
         before = trim  # another may have taken its place while we read
     return message
 
 
-async def _read_kept(objects: Objects, trim: Trim, seq: int) -> Message | None:
+async def read_kept(objects: Objects, trim: Trim, positions: Collection[int]) -> dict[int, Message]:
+    """The messages at these positions that were kept at a trim, each object read once. Raises Disconnected."""
+    found: dict[int, Message] = {}
     for each in trim.kept:
-        if each.first_seq <= seq <= each.last_seq:
-            try:
-                found = _decoder.decode(await objects.get(each.messages))
-            except (ObjectMissing, msgspec.DecodeError):
-                return None
-            return next((message for message in found if message.seq == seq), None)
-    return None
+        wanted = {seq for seq in positions if each.first_seq <= seq <= each.last_seq}
+        if wanted:
+            with suppress(ObjectMissing, msgspec.DecodeError):
+                messages = _decoder.decode(await objects.get(each.messages))
+                found |= {message.seq: message for message in messages if message.seq in wanted}
+    return found

@@ -16,7 +16,7 @@ from rich.text import Text
 from agentflow.domain.life import FINAL, State
 from agentflow_nodes.cli.output import DIM, MARKS, STYLES, clean, console, duration, plain
 from agentflow_nodes.cli.tasks import attempts_text, shown_error
-from agentflow_projections.history import TaskRow, WorkflowRow
+from agentflow_projections.history_rows import TaskRow, WorkflowRow
 
 _REFRESHES_PER_S: Final = 10
 _BAR_WIDTH: Final = 32
@@ -91,7 +91,7 @@ class PlainBoard(QuietBoard):
 def _line(task: TaskRow, now_ms: int) -> Text:
     line = Text(f"{MARKS[task.state]} {task.state:<10}", style=STYLES[task.state])
     line.append_text(plain(task.task_id, "bold"))
-    if len(task.attempts) > 1:
+    if task.tries > 1:
         line.append(f"  attempt {attempts_text(task)}", style="yellow")
     if task.state in FINAL and task.attempts:
         line.append_text(plain(f"  {duration(task.run_ms(now_ms))} on {task.worker}", DIM))
@@ -179,5 +179,5 @@ def _cells(task: TaskRow, now_ms: int) -> tuple[Text, Text, Text]:
     if task.state is State.PENDING and task.due_ms:
         return name, Text(took, style=DIM), plain(f"again soon: {shown_error(task)}", "yellow")
     about = shown_error(task) if task.state in FINAL and task.error else task.title
-    tries = f"attempt {attempts_text(task)}  " if len(task.attempts) > 1 else ""
+    tries = f"attempt {attempts_text(task)}  " if task.tries > 1 else ""
     return name, Text(took, style=DIM), plain(tries + about, STYLES[task.state] if task.error else DIM)

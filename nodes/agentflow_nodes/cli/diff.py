@@ -11,18 +11,22 @@ from rich.text import Text
 from agentflow_nodes.cli.errors import not_found
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, duration, plain, print_json, state_text, table
-from agentflow_nodes.cli.session import Target, client_logs, load, now_ms, open_log, run, target
+from agentflow_nodes.cli.past import Archive, NoFile, Source, load, open_past
+from agentflow_nodes.cli.session import client_logs, now_ms, run, target
 from agentflow_projections.compare import Comparison, Pair, Side, compare
-from agentflow_projections.history import History, WorkflowRow
+from agentflow_projections.history import History
+from agentflow_projections.history_rows import WorkflowRow
 
 _NOTICED_MS: Final = 100
 """A task that took so much longer or less is marked."""
 _NOTICED_SHARE: Final = 0.2
 
 
-def diff_command(
+def diff_command(  # noqa: PLR0913, PLR0917 - options
     first: Annotated[str, typer.Argument(metavar="RUN", help="A workflow's id.", show_default=False)],
     second: Annotated[str, typer.Argument(metavar="RUN", help="Another's.", show_default=False)],
+    file: NoFile = None,
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -37,15 +41,18 @@ def diff_command(
 
         agentflow diff release-7 release-8
         agentflow diff release-7 release-8 --json | jq .second.critical_path
+        agentflow diff release-7 release-8 --file incident.parquet
     """
-    main = _diff(target(nats, namespace), first, second, as_json=as_json)
+    source = Source(target(nats, namespace), file, archive)
+    main = _diff(source, (first, second), as_json=as_json)
     run(main, logs=client_logs(debug=debug))
 
 
-async def _diff(where: Target, first: str, second: str, *, as_json: bool) -> None:
-    async with open_log(where) as log:
-        history = await load(log, keep=lambda key: key in {first, second})
-    compared = compare(_workflow(history, first), _workflow(history, second), now_ms(history))
+async def _diff(source: Source, runs: tuple[str, str], *, as_json: bool) -> None:
+    async with open_past(source, quiet=as_json) as past:
+        history = await load(past, keep=runs.__contains__)
+    first, second = (_workflow(history, each) for each in runs)
+    compared = compare(first, second, now_ms(history) if source.file is None else history.now_ms)
     if as_json:
         print_json(msgspec.to_builtins(compared))
     else:

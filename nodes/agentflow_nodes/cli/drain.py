@@ -16,9 +16,12 @@ from agentflow.events import SINCE, WorkerDrainRequested, WorkerJoined, WorkerLe
 from agentflow_nodes.cli.errors import CliError, Exit, not_found
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, plain, print_json, say
-from agentflow_nodes.cli.session import Target, client_logs, load, open_client, run, target
+from agentflow_nodes.cli.past import load
+from agentflow_nodes.cli.session import Target, client_logs, open_client, run, target
 from agentflow_nodes.cli.workers import signs
-from agentflow_projections.history import History, WorkerRow, WorkerState
+from agentflow_projections.history import History
+from agentflow_projections.history_rows import WorkerRow, WorkerState
+from agentflow_projections.past import LoggedPast
 
 _LEVEL: Final = SINCE[WorkerDrainRequested.kind]
 _TELL_S: Final = 1.0
@@ -49,7 +52,8 @@ def drain_command(
 
 async def _drain(where: Target, name: str, reason: str, *, wait: bool, as_json: bool) -> None:
     async with open_client(where) as client:
-        row = _require_drainable(await load(client.log, keep=lambda _: False), name)
+        past = await LoggedPast.of(client.log, client.objects)
+        row = _require_drainable(await load(past, keep=lambda _: False), name)
         seq = await drain_worker(client, name, reason)
         if wait:
             await _wait_left(client, row, seq, quiet=as_json)

@@ -13,11 +13,12 @@ from rich.text import Text
 from agentflow import ids, wire
 from agentflow.client.watching import LoggedEvent, logged_events
 from agentflow.events import KINDS, ROLES, EventRejected, Role
-from agentflow.log.port import Log
+from agentflow.log.port import Identity, Log
 from agentflow_nodes.cli.errors import usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
-from agentflow_nodes.cli.output import DIM, console, moment, plain, print_json
-from agentflow_nodes.cli.session import Target, client_logs, open_log, run, target
+from agentflow_nodes.cli.output import DIM, console, moment, plain, print_json, say
+from agentflow_nodes.cli.past import Archive, with_archive
+from agentflow_nodes.cli.session import Target, client_logs, open_stores, run, target
 
 _LIMIT: Final = 100
 _SUMMARY_MAX: Final = 500
@@ -25,6 +26,8 @@ _STYLES: Final = {Role.CLIENT: "cyan", Role.LEADER: "magenta", Role.WORKER: "gre
 _ENDS: Final = {"task.failed": "red", "event.rejected": "red", "worker.lost": "red", "task.timed_out": "red"}
 
 Filter = Callable[[LoggedEvent], bool]
+Stretch = tuple[int | None, int]
+"""After which position (None: the latest), and how many at most (0: all)."""
 
 
 def events_command(  # noqa: PLR0913, PLR0917 - options
@@ -48,6 +51,7 @@ def events_command(  # noqa: PLR0913, PLR0917 - options
             "--limit", min=0, help="At most so many; 0: all.", show_default="the latest 100; following: all"
         ),
     ] = None,
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -68,9 +72,9 @@ def events_command(  # noqa: PLR0913, PLR0917 - options
     kinds = _kinds(kind or [])
     wanted = _filter(kinds, task)
     if follow:
-        main = _follow(where, kinds, wanted, after, limit or 0, as_json=as_json)
+        main = _follow(where, archive, kinds, wanted, (after, limit or 0), as_json=as_json)
     else:
-        main = _show(where, wanted, after, _LIMIT if limit is None else limit, as_json=as_json)
+        main = _show(where, archive, wanted, (after, _LIMIT if limit is None else limit), as_json=as_json)
     run(main, logs=client_logs(debug=debug))
 
 
@@ -107,27 +111,38 @@ def is_about(logged: LoggedEvent, wanted: str) -> bool:
     )
 
 
-async def _show(where: Target, wanted: Filter, after: int | None, limit: int, *, as_json: bool) -> None:
-    async with open_log(where) as log:
-        last = (await log.identity()).last_seq
+async def _show(
+    where: Target, archive: str | None, wanted: Filter, stretch: Stretch, *, as_json: bool
+) -> None:
+    after, limit = stretch
+    async with open_stores(where) as (live, _):
+        log = await with_archive(live, archive)
+        identity = await log.identity()
+        _tell_beginning(identity, after, quiet=as_json)
         latest: deque[LoggedEvent] = deque(maxlen=limit or None)
         count = 0
-        async for logged in _read(log, after or 0, last):
+        async for logged in _read(log, after or 0, identity):
             if not wanted(logged):
                 continue
             if after is None and limit:
                 latest.append(logged)
                 continue
-            _print(logged, as_json=as_json)
+            _print(logged, identity, as_json=as_json)
             count += 1
             if limit and count >= limit:
                 break
     for logged in latest:
-        _print(logged, as_json=as_json)
+        _print(logged, identity, as_json=as_json)
 
 
-async def _read(log: Log, after: int, until: int) -> AsyncIterator[LoggedEvent]:
-    after = max(after, (await log.identity()).first_seq - 1)
+def _tell_beginning(identity: Identity, after: int | None, *, quiet: bool) -> None:
+    """Tell people that what they ask for was trimmed."""
+    if not quiet and identity.trimmed_seq > (after or 0):
+        say(f"The log begins at position {identity.first_seq}: --archive DIR has what came before.", DIM)
+
+
+async def _read(log: Log, after: int, identity: Identity) -> AsyncIterator[LoggedEvent]:
+    after, until = max(after, identity.first_seq - 1), identity.last_seq
     if after >= until:
         return
     async for messages in log.follow(after):
@@ -141,23 +156,34 @@ async def _read(log: Log, after: int, until: int) -> AsyncIterator[LoggedEvent]:
 
 
 async def _follow(
-    where: Target, kinds: frozenset[str], wanted: Filter, after: int | None, limit: int, *, as_json: bool
+    where: Target,
+    archive: str | None,
+    kinds: frozenset[str],
+    wanted: Filter,
+    stretch: Stretch,
+    *,
+    as_json: bool,
 ) -> None:
+    after, limit = stretch
     subjects = [wire.event(where.namespace, kind, "*") for kind in sorted(kinds)]
     count = 0
-    async with open_log(where) as log:
-        begin = (await log.identity()).last_seq if after is None else after
+    async with open_stores(where) as (live, _):
+        log = await with_archive(live, archive)
+        identity = await log.identity()
+        if after is not None:
+            _tell_beginning(identity, after, quiet=as_json)
+        begin = identity.last_seq if after is None else max(after, identity.first_seq - 1)
         async for messages in log.follow(begin, subjects=subjects):
             for logged in (each for message in messages for each in logged_events(message) if wanted(each)):
-                _print(logged, as_json=as_json)
+                _print(logged, identity, as_json=as_json)
                 count += 1
                 if limit and count >= limit:
                     return
 
 
-def _print(logged: LoggedEvent, *, as_json: bool) -> None:
+def _print(logged: LoggedEvent, identity: Identity, *, as_json: bool) -> None:
     if as_json:
-        print_json(event_document(logged))
+        print_json({**event_document(logged), "known_from": identity.first_seq})
     else:
         console().print(_line(logged), no_wrap=True, overflow="ellipsis")
 

@@ -11,9 +11,9 @@ import typer
 from agentflow_nodes.cli.errors import usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import console, plain, print_json
-from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, NoFile, open_past, parse_until
+from agentflow_nodes.cli.past import Archive, Begin, End, NoFile, Source, open_past, parse_until
 from agentflow_nodes.cli.progress import bar
-from agentflow_nodes.cli.session import Target, client_logs, run, target
+from agentflow_nodes.cli.session import client_logs, run, target
 from agentflow_projections.export import export
 from agentflow_projections.past import Until
 
@@ -22,17 +22,10 @@ def export_command(  # noqa: PLR0913, PLR0917 - options
     path: Annotated[
         Path, typer.Argument(metavar="FILE", help="The Parquet file to write.", show_default=False)
     ],
-    begin: Annotated[
-        str | None,
-        typer.Option(
-            "--from", metavar=MOMENT, help=f"Begin with {MOMENT_HELP}.", show_default="the beginning"
-        ),
-    ] = None,
-    until: Annotated[
-        str | None,
-        typer.Option("--to", metavar=MOMENT, help=f"Up to {MOMENT_HELP}.", show_default="the end"),
-    ] = None,
-    file: NoFile = "",
+    begin: Begin = None,
+    until: End = None,
+    file: NoFile = None,
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -53,15 +46,14 @@ def export_command(  # noqa: PLR0913, PLR0917 - options
     stretch = (parse_until("--from", begin), parse_until("--to", until))
     if path.is_dir():
         raise usage(f"FILE: expected a file to write, found the folder {path}")
-    main = _export(target(nats, namespace), path, stretch, file, as_json=as_json)
+    source = Source(target(nats, namespace), file, archive)
+    main = _export(source, path, stretch, as_json=as_json)
     run(main, logs=client_logs(debug=debug))
 
 
-async def _export(
-    where: Target, path: Path, stretch: tuple[Until, Until], file: str, *, as_json: bool
-) -> None:
+async def _export(source: Source, path: Path, stretch: tuple[Until, Until], *, as_json: bool) -> None:
     begin, until = stretch
-    async with open_past(where, file) as past:
+    async with open_past(source, quiet=as_json) as past:
         with bar("Exporting") as tell:
             extent = await export(past, path, begin=begin, until=until, progress=tell)
     size = path.stat().st_size  # noqa: ASYNC240 - nothing else is going on

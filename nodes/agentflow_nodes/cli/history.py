@@ -13,12 +13,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from agentflow.bus import Bus
-from agentflow.errors import Disconnected, OperatingError
+from agentflow.errors import Disconnected, InvalidRequest, OperatingError
 from agentflow_nodes.cli.errors import operating, usage
+from agentflow_nodes.cli.past import check_archive, tell_beginning
 from agentflow_nodes.cli.progress import bar
-from agentflow_nodes.cli.session import CLIENT_NAME, Target, open_log, require_server
+from agentflow_nodes.cli.session import CLIENT_NAME, Target, open_stores, require_server
 from agentflow_projections.asking import Part, ask_service
-from agentflow_projections.cache import cache_folder, refresh
+from agentflow_projections.cache import Refreshed, cache_folder, refresh
 from agentflow_projections.queries import Ready
 from agentflow_projections.query import Answer, Column, Question, Reader, Row, parse_when, write_parquet_of
 from agentflow_projections.sandbox import DeadlineExceeded
@@ -42,6 +43,8 @@ class Wanted(Struct, frozen=True):
     """So many rows are enough; 0: all."""
     parquet: bool = False
     """The answer goes to a Parquet file: types are to be kept."""
+    archive: str | None = None
+    """Where what was trimmed from the log is kept."""
 
 
 class Found(Protocol):
@@ -84,10 +87,15 @@ class _FileHistory:
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
+        with reader.ask(Question("SELECT first_seq FROM checkpoint")) as answer:
+            self._known_from: int = next(answer.rows())[0][0]
 
     async def position(self, when: str) -> int:
-        found = parse_when(when, datetime.now(UTC))
-        return found if isinstance(found, int) else self._reader.position_at(found)
+        moment = parse_when(when, datetime.now(UTC))
+        found = moment if isinstance(moment, int) else self._reader.position_at(moment)
+        if self._known_from > 1 and found < self._known_from - 1:
+            raise InvalidRequest(f"this history begins with position {self._known_from}, found {when!r}")
+        return found
 
     @asynccontextmanager
     async def ask(self, question: Question) -> AsyncGenerator[Found]:
@@ -210,13 +218,25 @@ async def open_history(wanted: Wanted) -> AsyncGenerator[History]:
             await _wait_for(bus, wanted)
             yield _ServiceHistory(bus, wanted)
             return
-    async with open_log(wanted.where) as log:
-        with bar("Reading the log") as tell:
-            path = await refresh(
-                log, cache_folder(), at_least=wanted.at_least, wait_s=wanted.wait_s, progress=tell
-            )
-    with Reader(path) as reader:
+    kept = await _refreshed(wanted)
+    tell_beginning(kept.known_from)
+    with Reader(kept.path) as reader:
         yield _FileHistory(reader)
+
+
+async def _refreshed(wanted: Wanted) -> Refreshed:
+    check_archive(wanted.archive)
+    async with open_stores(wanted.where) as (log, objects):
+        with bar("Reading the log") as tell:
+            return await refresh(
+                log,
+                objects,
+                cache_folder(),
+                archive=wanted.archive,
+                at_least=wanted.at_least,
+                wait_s=wanted.wait_s,
+                progress=tell,
+            )
 
 
 @asynccontextmanager

@@ -10,22 +10,26 @@ import os
 import signal
 import sys
 from asyncio.subprocess import Process
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any, Final, Literal
 
+import msgspec
 import psutil
 import typer
+from msgspec import Struct
 
 import agentflow
-from agentflow import wire
-from agentflow.client.watching import events as logged_events
 from agentflow.errors import LockLost, LockTimeout
 from agentflow.events import LockAcquired, LockReleased
 from agentflow.events import LockLost as Lost
 from agentflow_nodes.cli.errors import CliError, Exit, usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats, parse_labels
 from agentflow_nodes.cli.output import DIM, console, duration, moment, plain, print_json, say, table
-from agentflow_nodes.cli.session import Target, client_logs, open_client, open_log, run, target
+from agentflow_nodes.cli.past import Archive, open_logged
+from agentflow_nodes.cli.session import Target, client_logs, open_client, run, target
+from agentflow_projections.past import LoggedPast
 
 _GRACE_S: Final = 5.0
 """How long a command may take to end after SIGTERM, before it is killed."""
@@ -205,6 +209,7 @@ def locks_command(
     history: Annotated[
         bool, typer.Option("--history", help="Who held what, when, with which token, from the log.")
     ] = False,
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -219,7 +224,10 @@ def locks_command(
         agentflow locks nightly-report --history
     """
     where = target(nats, namespace)
-    shown = _history(where, pattern, as_json=as_json) if history else _locks(where, pattern, as_json=as_json)
+    if history:
+        shown = _history(where, pattern, archive, as_json=as_json)
+    else:
+        shown = _locks(where, pattern, as_json=as_json)
     run(shown, logs=client_logs(debug=debug))
 
 
@@ -272,31 +280,38 @@ def _person(each: agentflow.LockHolder) -> dict[str, Any]:
     }
 
 
-async def _history(where: Target, pattern: str, *, as_json: bool) -> None:
-    """What the log says of locks, read by kind: nothing else is transferred."""
+class _Told(Struct, frozen=True):
+    """Something that happened to a lock."""
+
+    seq: int | None
+    """None: it was trimmed from the log, and is told by the state that stands for it."""
+    time_ms: int
+    lock: str
+    what: str
+    token: int
+    holder: str
+    held_ms: int | None
+    """Once it ends."""
+    detail: str
+
+
+async def _history(where: Target, pattern: str, archive: str | None, *, as_json: bool) -> None:
     made = table("when", "lock", "what", "token", "holder", "held", "detail", right=["token", "held"])
-    since: dict[tuple[str, int], int] = {}
-    async with open_log(where) as log:
-        last_seq = (await log.identity()).last_seq
-        subjects = [wire.event(where.namespace, kind, "*") for kind in _KINDS]
-        async for each in logged_events(log, after=0, until=last_seq, subjects=subjects):
-            event = each.event
-            if not isinstance(event, LockAcquired | LockReleased | Lost):
+    async with open_logged(where, archive, quiet=as_json) as past, aclosing(_told(past)) as told:
+        async for each in told:
+            if not fnmatch.fnmatchcase(each.lock, pattern):
                 continue
-            if not fnmatch.fnmatchcase(event.name, pattern):
-                continue
-            held_ms = _held_ms(since, event, each.time_ms)
             if as_json:
-                print_json(_told(event, each.seq, each.time_ms, held_ms))
+                print_json({**msgspec.to_builtins(each), "known_from": past.known_from})
                 continue
             made.add_row(
                 moment(each.time_ms),
-                plain(event.name),
-                event.kind.partition(".")[2],
-                str(event.token),
-                plain(event.holder),
-                "" if held_ms is None else duration(held_ms),
-                plain(_detail(event), DIM),
+                plain(each.lock),
+                each.what,
+                str(each.token),
+                plain(each.holder),
+                "" if each.held_ms is None else duration(each.held_ms),
+                plain(each.detail, DIM),
             )
     if as_json:
         return
@@ -306,7 +321,33 @@ async def _history(where: Target, pattern: str, *, as_json: bool) -> None:
         say("The log knows of no such lock.", DIM)
 
 
-_KINDS: Final = (LockAcquired.kind, LockReleased.kind, Lost.kind)
+async def _told(past: LoggedPast) -> AsyncGenerator[_Told]:
+    """What the log says of locks, read by kind; first, of what was trimmed, what was held then."""
+    since: dict[tuple[str, int], int] = {}
+    first = (await past.read([past.first_seq])).get(past.first_seq)
+    for name, holdings in past.begin().locks.items():
+        for each in holdings.values():
+            since[name, each.token] = each.since_ms
+            if first is None or each.since_ms < first.time_ns // 1_000_000:
+                detail = _metadata(each.mode, each.metadata)
+                yield _Told(None, each.since_ms, name, "acquired", each.token, each.holder, None, detail)
+    async with aclosing(past.events(*_SAID)) as events:
+        async for logged in events:
+            event = logged.event
+            if isinstance(event, LockAcquired | LockReleased | Lost):
+                yield _Told(
+                    seq=logged.seq,
+                    time_ms=logged.time_ms,
+                    lock=event.name,
+                    what=event.kind.partition(".")[2],
+                    token=event.token,
+                    holder=event.holder,
+                    held_ms=_held_ms(since, event, logged.time_ms),
+                    detail=_detail(event),
+                )
+
+
+_SAID: Final = tuple((kind, "*") for kind in (LockAcquired.kind, LockReleased.kind, Lost.kind))
 
 
 def _held_ms(
@@ -325,21 +366,10 @@ def _detail(event: LockAcquired | LockReleased | Lost) -> str:
     if isinstance(event, Lost):
         return event.reason
     if isinstance(event, LockAcquired):
-        said = [event.mode] if event.mode != "exclusive" else []
-        return ", ".join([*said, *(f"{key}={value}" for key, value in event.metadata.items())])
+        return _metadata(event.mode, event.metadata)
     return ""
 
 
-def _told(
-    event: LockAcquired | LockReleased | Lost, seq: int, time_ms: int, held_ms: int | None
-) -> dict[str, Any]:
-    return {
-        "seq": seq,
-        "time_ms": time_ms,
-        "lock": event.name,
-        "what": event.kind.partition(".")[2],
-        "token": event.token,
-        "holder": event.holder,
-        "held_ms": held_ms,
-        "detail": _detail(event),
-    }
+def _metadata(mode: str, metadata: Mapping[str, str]) -> str:
+    said = [mode] if mode != "exclusive" else []
+    return ", ".join([*said, *(f"{key}={value}" for key, value in metadata.items())])

@@ -1,4 +1,4 @@
-"""What commands about the past have in common: moments, and where history is read from."""
+"""What commands about the past have in common: where it is read from, moments, and how far back it goes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Annotated, Final
 
 import typer
+from msgspec import Struct
 
-from agentflow.bus import Bus
-from agentflow.domain.snapshot import snapshot
+import agentflow
 from agentflow.errors import InvalidRequest
 from agentflow.log.port import Log
-from agentflow.objects import ObjectStore
 from agentflow_nodes.cli.errors import usage
-from agentflow_nodes.cli.output import say
-from agentflow_nodes.cli.session import CLIENT_NAME, REACH_TIMEOUT_S, Target, open_log
+from agentflow_nodes.cli.output import DIM, say
+from agentflow_nodes.cli.progress import bar
+from agentflow_nodes.cli.session import Target, open_client, open_stores
+from agentflow_projections.history import History, Keep, read_history
 from agentflow_projections.past import LoggedPast, Past, Until
-from agentflow_projections.trimmed import fetch_snapshot
 
 # A fold is long-lived objects only: collecting them often would take a third of a replay.
 _GC_THRESHOLD: Final = (100_000, 20, 100)
@@ -29,12 +29,31 @@ MOMENT: Final = "POSITION|TIME"
 MOMENT_HELP: Final = "a position, a time like 2026-11-21T17:00 (UTC), or -10m"
 
 NoFile = Annotated[
-    str,
+    Path | None,
     typer.Option(
         "--file",
-        metavar="FILE|DIR",
-        help="Read an exported incident instead of the log (needs no server), or an archive before the log.",
+        metavar="FILE",
+        help="Read an exported incident instead of the log; that needs no server.",
+        show_default=False,
     ),
+]
+Archive = Annotated[
+    str | None,
+    typer.Option(
+        "--archive",
+        metavar="DIR|S3",
+        envvar="AGENTFLOW_ARCHIVE",
+        help="Where 'agentflow archive' keeps what was trimmed from the log.",
+        show_default=False,
+    ),
+]
+Begin = Annotated[
+    str | None,
+    typer.Option("--from", metavar=MOMENT, help=f"Begin with {MOMENT_HELP}.", show_default="the beginning"),
+]
+End = Annotated[
+    str | None,
+    typer.Option("--to", metavar=MOMENT, help=f"Up to {MOMENT_HELP}.", show_default="the end"),
 ]
 
 
@@ -53,37 +72,86 @@ def parse_until(option: str, text: str | None) -> Until:
     return Until(seq=found) if isinstance(found, int) else Until(ms=int(found.timestamp() * 1000))
 
 
-@asynccontextmanager
-async def open_past(where: Target, file: str) -> AsyncGenerator[Past]:
-    """The namespace's history: out of a file if one is named, else as the log has it now.
+class Source(Struct, frozen=True):
+    """Where a history is read from: a namespace's log, an archive before it, or a file instead."""
 
-    A folder is an archive: what the log lost by trimming is read from there.
+    where: Target
+    file: Path | None = None
+    archive: str | None = None
+
+
+@asynccontextmanager
+async def open_past(source: Source, *, quiet: bool = False) -> AsyncGenerator[Past]:
+    """The namespace's history: out of a file if one is named, else as archive and log have it now.
+
+    Unless `quiet`, people are told if its beginning is missing.
     """
     gc.set_threshold(*_GC_THRESHOLD)
-    if _is_folder(file):
-        from agentflow_projections.archived_log import ArchivedLog  # noqa: PLC0415 - it loads pyarrow
-
-        async with open_log(where) as log, ArchivedLog(log, Path(file)) as whole:
-            yield await LoggedPast.of(whole)
-        return
-    if file:
+    file = source.file
+    if file is not None:
+        if file.is_dir():
+            raise usage(
+                f"--file: expected a file, found the folder {file}; an archive is named with --archive"
+            )
         from agentflow_projections.export import ExportedPast  # noqa: PLC0415 - it loads pyarrow
 
-        yield ExportedPast.read(Path(file))
+        yield ExportedPast.read(file)
         return
-    async with open_log(where) as log:
-        yield await LoggedPast.of(log, await _begun(where, log))
+    async with open_logged(source.where, source.archive, quiet=quiet) as past:
+        yield past
 
 
-async def _begun(where: Target, log: Log) -> bytes | None:
-    """What stands for the part of the log that was trimmed; None: none was."""
-    if (await log.identity()).trim is None:
-        return None
-    async with Bus(where.urls, name=f"agentflow {CLIENT_NAME}", connect_timeout_s=REACH_TIMEOUT_S) as bus:
-        state, _ = await fetch_snapshot(log, ObjectStore(bus, where.namespace))
-    say(f"the log was trimmed: history begins at position {state.seq}; --file ARCHIVE has what came before")
-    return snapshot(state)
+@asynccontextmanager
+async def open_logged(
+    where: Target, archive: str | None = None, *, quiet: bool = False
+) -> AsyncGenerator[LoggedPast]:
+    """The namespace's history as archive and log have it now."""
+    async with open_stores(where) as (log, objects):
+        past = await LoggedPast.of(await with_archive(log, archive), objects)
+        if not quiet:
+            tell_beginning(past.known_from)
+        yield past
 
 
-def _is_folder(file: str) -> bool:
-    return bool(file) and Path(file).is_dir()
+@asynccontextmanager
+async def open_both(
+    where: Target, archive: str | None = None, *, quiet: bool = False
+) -> AsyncGenerator[tuple[agentflow.Client, LoggedPast]]:
+    """A client, and the history as archive and log have it now."""
+    async with open_client(where) as client:
+        past = await LoggedPast.of(await with_archive(client.log, archive), client.objects)
+        if not quiet:
+            tell_beginning(past.known_from)
+        yield client, past
+
+
+async def with_archive(log: Log, archive: str | None) -> Log:
+    """The log, and before it the archive, if there is one. Raises CliError, LogGone, ArchiveDamaged."""
+    if archive is None:
+        return log
+    check_archive(archive)
+    from agentflow_projections.archived_log import ArchivedLog  # noqa: PLC0415 - it loads pyarrow
+
+    return await ArchivedLog(log, archive).__aenter__()  # nothing to release: the log is not its own
+
+
+def check_archive(archive: str | None) -> None:
+    """Raise CliError if it is said to be in a folder that is not there."""
+    if archive is not None and "://" not in archive and not Path(archive).is_dir():
+        raise usage(f"--archive: there is no folder {archive}")
+
+
+def tell_beginning(known_from: int) -> None:
+    """Tell people from where on a history is known, if that is not its beginning."""
+    if known_from > 1:
+        say(
+            f"The log was trimmed: told is what happened from position {known_from} on, and what was open then;"
+            " --archive DIR has what came before.",
+            DIM,
+        )
+
+
+async def load(past: Past, *, keep: Keep | None = None) -> History:
+    """Fold a history to its end, showing how far it is if that takes a while."""
+    with bar("Reading the log") as tell:
+        return await read_history(past, progress=tell, keep=keep)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Sequence
+from contextlib import aclosing
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -19,29 +20,21 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-import agentflow
-from agentflow import ids, wire
-from agentflow.client.watching import events
+from agentflow import ids
 from agentflow.errors import ObjectMissing, Rejection
 from agentflow.events import TaskAssigned, TaskQuarantined, TaskSubmitted, Work
 from agentflow.limits import TEXT_LENGTH_MAX
-from agentflow.log.port import Log
+from agentflow.objects.port import Objects
 from agentflow_nodes.cli.errors import CliError, Exit, not_found, usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, moment, plain, print_json, say, table
-from agentflow_nodes.cli.session import (
-    CLIENT_NAME,
-    Target,
-    client_logs,
-    load,
-    open_client,
-    open_log,
-    run,
-    target,
-)
-from agentflow_nodes.cli.tasks import shown_work
+from agentflow_nodes.cli.past import Archive, load, open_both, open_logged
+from agentflow_nodes.cli.session import CLIENT_NAME, Target, client_logs, run, target
+from agentflow_nodes.cli.tasks import ended_before, shown_work
 from agentflow_nodes.worker.materials import gather, submission
-from agentflow_projections.history import TaskRow, WorkerState
+from agentflow_projections.history_begun import fill, work_of
+from agentflow_projections.history_rows import TaskRow, WorkerState
+from agentflow_projections.past import LoggedPast
 
 _FROM: Final = re.compile(r"\(requeued from ([^()]+)\)$")
 """What a title ends with that says which task the work comes from."""
@@ -72,7 +65,7 @@ class Quarantined(Struct, kw_only=True):
         return [each.worker for each in self.row.attempts if each.outcome == WorkerState.LOST]
 
 
-def quarantine_command(
+def quarantine_command(  # noqa: PLR0913, PLR0917 - options
     action: Annotated[
         Action, typer.Argument(metavar="[ACTION]", help="list, show or requeue.")
     ] = Action.LIST,
@@ -82,6 +75,7 @@ def quarantine_command(
     every: Annotated[
         bool, typer.Option("--all", help="Requeue all that were not handed over again before.")
     ] = False,
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -104,11 +98,11 @@ def quarantine_command(
     _check_usage(action, given, every=every)
     where = target(nats, namespace)
     if action is Action.LIST:
-        work = _list(where, as_json=as_json)
+        work = _list(where, archive, as_json=as_json)
     elif action is Action.SHOW:
-        work = _show(where, given[0], as_json=as_json)
+        work = _show(where, given[0], archive, as_json=as_json)
     else:
-        work = _requeue(where, given, as_json=as_json)
+        work = _requeue(where, given, archive, as_json=as_json)
     run(work, logs=client_logs(debug=debug))
 
 
@@ -129,13 +123,14 @@ def _check_usage(action: Action, given: Sequence[str], *, every: bool) -> None:
 # Reading -----------------------------------------------------------------------------
 
 
-async def read(log: Log) -> dict[str, Quarantined]:
+async def read(past: LoggedPast) -> dict[str, Quarantined]:
     """Every quarantined task the log tells of, by id, the latest last."""
-    given_up, requeued = await _said(log)
+    given_up, requeued = await _said(past)
     if not given_up:
         return {}
     keys = {ids.workflow_of(task_id) or task_id for task_id in given_up}
-    history = await load(log, keep=keys.__contains__)
+    history = await load(past, keep=keys.__contains__)
+    await fill(past, (row for row in history.tasks.values() if row.id in given_up))
     found = {}
     for task_id, (event, at_ms) in given_up.items():
         row = history.tasks.get(task_id)
@@ -151,49 +146,65 @@ async def read(log: Log) -> dict[str, Quarantined]:
     return found
 
 
-async def _said(log: Log) -> tuple[dict[str, tuple[TaskQuarantined, int]], dict[str, list[str]]]:
+async def _said(past: LoggedPast) -> tuple[dict[str, tuple[TaskQuarantined, int]], dict[str, list[str]]]:
     """What was given up, and when; and what was handed over again, as what."""
     given_up: dict[str, tuple[TaskQuarantined, int]] = {}
     requeued: dict[str, list[str]] = {}
-    subjects = [
-        wire.event(log.namespace, TaskQuarantined.kind, "*"),
-        wire.event(log.namespace, TaskSubmitted.kind, CLIENT_NAME),
-    ]
-    identity = await log.identity()
-    async for logged in events(log, after=identity.first_seq - 1, until=identity.last_seq, subjects=subjects):
-        match logged.event:
-            case TaskQuarantined() as event:
-                given_up[event.id] = (event, logged.time_ms)
-            case TaskSubmitted(id=new, title=title) if origin := _FROM.search(title):
-                requeued.setdefault(origin[1], []).append(new)
-            case _:
-                pass
+    wanted = (TaskQuarantined.kind, "*"), (TaskSubmitted.kind, CLIENT_NAME)
+    async with aclosing(past.events(*wanted)) as events:
+        async for logged in events:
+            match logged.event:
+                case TaskQuarantined() as event:
+                    given_up[event.id] = (event, logged.time_ms)
+                case TaskSubmitted(id=new, title=title) if origin := _FROM.search(title):
+                    requeued.setdefault(origin[1], []).append(new)
+                case _:
+                    pass
     return given_up, requeued
 
 
-async def _wanted(log: Log, given: Sequence[str]) -> list[Quarantined]:
+async def _wanted(past: LoggedPast, given: Sequence[str]) -> list[Quarantined]:
     """These tasks. Raises CliError unless all of them are quarantined."""
-    known = await read(log)
+    known = await read(past)
     missing = [task_id for task_id in given if task_id not in known]
     if missing:
-        history = await load(log, keep={ids.workflow_of(each) or each for each in missing}.__contains__)
+        history = await load(past, keep={ids.workflow_of(each) or each for each in missing}.__contains__)
         for each in missing:
             row = history.tasks.get(each)
-            if row is None:
-                raise not_found(f"no task is called {each!r}; 'agentflow quarantine' lists those given up")
-            raise CliError(f"{each} is {row.state}, not quarantined: nothing was handed over", Exit.REJECTED)
+            if row is not None:
+                raise CliError(
+                    f"{each} is {row.state}, not quarantined: nothing was handed over", Exit.REJECTED
+                )
+            if history.state.closed.get(each) is not None:
+                raise not_found(ended_before(history, each))
+            raise not_found(f"no task is called {each!r}; 'agentflow quarantine' lists those given up")
     return [known[task_id] for task_id in dict.fromkeys(given)]
+
+
+async def _submitted(past: LoggedPast, found: Quarantined) -> Work:
+    """What was submitted: as it lies in the log, or as the state has it that stands for what was trimmed.
+
+    Raises ObjectMissing if neither has it.
+    """
+    row = found.row
+    try:
+        return await submission(past.log, found.id, row.seq, row.index, past.objects)
+    except ObjectMissing:
+        task = past.begin().tasks.get(found.id)
+        if task is None or (task.payload is not None and task.payload.fetch):
+            raise
+        return work_of(task)
 
 
 # Showing -----------------------------------------------------------------------------
 
 
-async def _list(where: Target, *, as_json: bool) -> None:
-    async with open_log(where) as log:
-        found = list((await read(log)).values())
+async def _list(where: Target, archive: str | None, *, as_json: bool) -> None:
+    async with open_logged(where, archive, quiet=as_json) as past:
+        found = list((await read(past)).values())
     if as_json:
         for each in found:
-            print_json(document(each))
+            print_json({**document(each), "known_from": past.known_from})
         return
     if not found:
         say("No task is quarantined.", DIM)
@@ -204,7 +215,7 @@ async def _list(where: Target, *, as_json: bool) -> None:
             plain(each.id),
             moment(each.at_ms),
             plain(each.detail or each.reason),
-            str(len(each.row.attempts)),
+            str(each.row.tries),
             plain(", ".join(dict.fromkeys(each.lost))),
             plain(shown_work(each.row), DIM),
             plain(", ".join(each.requeued_as)),
@@ -212,10 +223,10 @@ async def _list(where: Target, *, as_json: bool) -> None:
     console().print(made)
 
 
-async def _show(where: Target, wanted: str, *, as_json: bool) -> None:
-    async with open_log(where) as log:
-        (found,) = await _wanted(log, [wanted])
-        work = await submission(log, found.id, found.row.seq, found.row.index)
+async def _show(where: Target, wanted: str, archive: str | None, *, as_json: bool) -> None:
+    async with open_logged(where, archive, quiet=as_json) as past:
+        (found,) = await _wanted(past, [wanted])
+        work = await _submitted(past, found)
     if as_json:
         print_json({**document(found), "submission": msgspec.to_builtins(work)})
         return
@@ -229,7 +240,7 @@ def _described(found: Quarantined, work: Work) -> Group:
     for name, value in (
         ("why", f"{found.reason}: {found.detail}"),
         ("when", moment(found.at_ms)),
-        ("submitted", f"{moment(found.row.submitted_ms)} by {found.row.client}"),
+        ("submitted", f"{moment(found.row.submitted_ms)} by {found.row.client}".lstrip()),
         ("requeued as", ", ".join(found.requeued_as)),
     ):
         if value:
@@ -255,7 +266,7 @@ def _attempts(row: TaskRow) -> Table:
             attempt.outcome,
             plain(attempt.worker),
             str(attempt.incarnation),
-            moment(attempt.started_ms or attempt.assigned_ms),
+            moment(attempt.begun_ms),
             moment(attempt.ended_ms),
         )
     return made
@@ -273,7 +284,7 @@ def document(found: Quarantined) -> dict[str, Any]:
         "runs": {"kind": row.runs_kind, "what": row.runs},
         "title": row.title,
         "client": row.client,
-        "submitted_ms": row.submitted_ms,
+        "submitted_ms": row.submitted_ms or None,
         "requeued_as": found.requeued_as,
         "attempts": [
             {
@@ -281,7 +292,7 @@ def document(found: Quarantined) -> dict[str, Any]:
                 "worker": each.worker,
                 "incarnation": each.incarnation,
                 "outcome": each.outcome,
-                "assigned_ms": each.assigned_ms,
+                "assigned_ms": each.assigned_ms or None,
                 "started_ms": each.started_ms or None,
                 "ended_ms": each.ended_ms or None,
             }
@@ -293,14 +304,14 @@ def document(found: Quarantined) -> dict[str, Any]:
 # Handing over again ------------------------------------------------------------------
 
 
-async def _requeue(where: Target, given: Sequence[str], *, as_json: bool) -> None:
-    async with open_client(where) as client:
+async def _requeue(where: Target, given: Sequence[str], archive: str | None, *, as_json: bool) -> None:
+    async with open_both(where, archive, quiet=as_json) as (client, past):
         if given:
-            found = await _wanted(client.log, given)
+            found = await _wanted(past, given)
         else:
-            found = [each for each in (await read(client.log)).values() if not each.requeued_as]
+            found = [each for each in (await read(past)).values() if not each.requeued_as]
         # All are put together before the first is submitted: what cannot be stops the rest.
-        again = [(each.id, await _again(client, each)) for each in found]
+        again = [(each.id, await _again(past, client.objects, each)) for each in found]
         for old, work in again:
             new = (await client.submit_task(work)).id
             if as_json:
@@ -311,17 +322,16 @@ async def _requeue(where: Target, given: Sequence[str], *, as_json: bool) -> Non
         say("No task is quarantined that was not handed over again before.", DIM)
 
 
-async def _again(client: agentflow.Client, found: Quarantined) -> TaskSubmitted:
+async def _again(past: LoggedPast, objects: Objects, found: Quarantined) -> TaskSubmitted:
     """The same work as a task of its own. Raises CliError if it cannot be put together any more."""
-    row = found.row
     try:
-        work = await submission(client.log, found.id, row.seq, row.index, client.objects)
-        again = _as_task(work, found.id)
-        if not row.workflow:
+        again = _as_task(await _submitted(past, found), found.id)
+        if not found.row.workflow:
             return again
-        given = await gather(client.log, client.objects, await _assignment(client.log, row))
+        given = await gather(past.log, objects, await _assignment(past, found.row))
     except (ObjectMissing, Rejection) as error:
-        raise CliError(f"{found.id} cannot be handed over again: {error}", Exit.OPERATING) from error
+        more = "; --archive DIR has what was trimmed" if past.known_from > 1 else ""
+        raise CliError(f"{found.id} cannot be handed over again: {error}{more}", Exit.OPERATING) from error
     return structs.replace(
         again,
         args=list(given.args),
@@ -340,15 +350,14 @@ def _as_task(work: Work, origin: str) -> TaskSubmitted:
     return TaskSubmitted(**shared)
 
 
-async def _assignment(log: Log, row: TaskRow) -> TaskAssigned:
+async def _assignment(past: LoggedPast, row: TaskRow) -> TaskAssigned:
     """The last assignment of a task: it holds the results the task was given. Raises ObjectMissing."""
     workers = {attempt.worker for attempt in row.attempts}
-    subjects = [wire.event(log.namespace, TaskAssigned.kind, worker) for worker in workers]
     last = None
-    until = (await log.identity()).last_seq
-    async for logged in events(log, after=row.seq, until=until, subjects=subjects):
-        if isinstance(logged.event, TaskAssigned) and logged.event.id == row.id:
-            last = logged.event
+    async with aclosing(past.events(*((TaskAssigned.kind, worker) for worker in workers))) as events:
+        async for logged in events:
+            if isinstance(logged.event, TaskAssigned) and logged.event.id == row.id:
+                last = logged.event
     if last is None:
         raise ObjectMissing(f"no assignment of {row.id} is in the log")
     return last

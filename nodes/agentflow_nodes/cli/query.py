@@ -18,6 +18,7 @@ from agentflow_nodes.cli.errors import usage
 from agentflow_nodes.cli.history import Found, Wanted, open_history, position_of
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, STYLES, console, encode_json, plain, say, table
+from agentflow_nodes.cli.past import Archive
 from agentflow_nodes.cli.session import client_logs, run, target
 from agentflow_projections.query import Column, Question, Row
 
@@ -87,6 +88,7 @@ def query_command(  # noqa: PLR0913, PLR0917 - options
             "--limit", min=0, help="At most so many rows; 0: all.", show_default="1000 in a table, else all"
         ),
     ] = None,
+    archive: Archive = None,
     local: Local = False,
     nats: Nats = None,
     namespace: Namespace = "default",
@@ -96,8 +98,8 @@ def query_command(  # noqa: PLR0913, PLR0917 - options
     """Ask the history in SQL, as of now or any time.
 
     A projector answers, if one follows the namespace; its answers are limited. Without one, or with
-    --local, the log is read into a DuckDB file of your own, further each time. `agentflow tables` says
-    what there is to ask. With --json each row is an object on a line of its own. A value given
+    --local, the log is read into a DuckDB file of your own, further each time; what was trimmed from the log
+    comes from the --archive. `agentflow tables` says what there is to ask. With --json each row is an object on a line of its own. A value given
     with --param is a number, true, false or null if it looks like one, else text.
 
     For example:
@@ -113,7 +115,7 @@ def query_command(  # noqa: PLR0913, PLR0917 - options
     table_rows = 0 if as_json or as_csv or parquet is not None else _SHOWN_MAX + 1
     enough = (limit + 1 if table_rows and limit else limit) if limit is not None else table_rows
     where = target(nats, namespace)
-    wanted = Wanted(where, file, as_of, at_least, wait_s, local, enough, parquet is not None)
+    wanted = Wanted(where, file, as_of, at_least, wait_s, local, enough, parquet is not None, archive)
     text = sys.stdin.read() if sql == "-" else sql
     shown = Shown(as_json, as_csv, parquet, limit)
     run(_query(wanted, text, parse_parameters(parameter or []), shown), logs=client_logs(debug=debug))

@@ -16,7 +16,8 @@ from agentflow.domain.state import Namespace as Folded
 from agentflow.limits import PRIORITIES
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, duration, plain, print_json, table
-from agentflow_nodes.cli.session import Target, client_logs, load, now_ms, open_log, run, target
+from agentflow_nodes.cli.past import load, open_logged
+from agentflow_nodes.cli.session import Target, client_logs, now_ms, run, target
 
 _NAMES: Final = {number: name for name, number in PRIORITIES.items()}
 _HEAD: Final = 10
@@ -60,8 +61,8 @@ def queue_command(
 
 
 async def _queue(where: Target, head: int, *, as_json: bool) -> None:
-    async with open_log(where) as log:
-        history = await load(log, keep=lambda _: False)
+    async with open_logged(where, quiet=True) as past:  # what waits is all in the state
+        history = await load(past, keep=lambda _: False)
     state, now = history.state, now_ms(history)
     waiting = measure(state)
     if as_json:

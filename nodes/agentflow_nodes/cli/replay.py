@@ -13,9 +13,9 @@ from rich.text import Text
 from agentflow_nodes.cli.errors import Exit, usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, moment, plain, print_json, table
-from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, NoFile, open_past, parse_until
+from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, Archive, NoFile, Source, open_past, parse_until
 from agentflow_nodes.cli.progress import bar
-from agentflow_nodes.cli.session import Target, client_logs, run, target
+from agentflow_nodes.cli.session import client_logs, run, target
 from agentflow_projections.past import Until
 from agentflow_projections.replay import Ask, Replayed, Verified, replay, verify
 
@@ -40,7 +40,8 @@ def replay_command(  # noqa: PLR0913, PLR0917 - options
             show_default="what answers 'agentflow query': a running projector's, or one of your own",
         ),
     ] = None,
-    file: NoFile = "",
+    file: NoFile = None,
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -59,17 +60,17 @@ def replay_command(  # noqa: PLR0913, PLR0917 - options
         agentflow replay --verify --projection history/default.duckdb
         agentflow replay --file incident.parquet
     """
-    where, end = target(nats, namespace), parse_until("--until", until)
+    source, end = Source(target(nats, namespace), file, archive), parse_until("--until", until)
     if projection is not None and not projection.is_file():
         raise usage(f"--projection: there is no file {projection}")
     if verify or projection is not None:
-        same = run(_verify(where, end, projection, file, as_json=as_json), logs=client_logs(debug=debug))
+        same = run(_verify(source, end, projection, as_json=as_json), logs=client_logs(debug=debug))
         raise typer.Exit(Exit.OK if same else Exit.FAILED)
-    run(_replay(where, end, file, as_json=as_json), logs=client_logs(debug=debug))
+    run(_replay(source, end, as_json=as_json), logs=client_logs(debug=debug))
 
 
-async def _replay(where: Target, until: Until, file: str, *, as_json: bool) -> None:
-    async with open_past(where, file) as past:
+async def _replay(source: Source, until: Until, *, as_json: bool) -> None:
+    async with open_past(source, quiet=as_json) as past:
         with bar("Replaying") as tell:
             replayed = await replay(past, until=until, progress=tell)
     if as_json:
@@ -91,11 +92,12 @@ def _show(replayed: Replayed) -> None:
     out.print(Text(), made, Text(), Text(f"hash {replayed.hash}"), sep="\n")
 
 
-async def _verify(where: Target, until: Until, projection: Path | None, file: str, *, as_json: bool) -> bool:
+async def _verify(source: Source, until: Until, projection: Path | None, *, as_json: bool) -> bool:
     from agentflow_nodes.cli.history import Wanted, open_history  # noqa: PLC0415 - it loads DuckDB
 
     # The projection first: the log only ever reaches further.
-    async with open_history(Wanted(where, projection)) as history, open_past(where, file) as past:
+    wanted = Wanted(source.where, projection, archive=source.archive)
+    async with open_history(wanted) as history, open_past(source, quiet=as_json) as past:
         with bar("Replaying") as tell:
             verified = await verify(past, _asking(history), until=until, progress=tell)
     if as_json:

@@ -15,6 +15,7 @@ from agentflow_nodes.cli.errors import not_found, operating, usage
 from agentflow_nodes.cli.history import Wanted, open_history, position_of
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import console, plain, print_json, say, table
+from agentflow_nodes.cli.past import Archive
 from agentflow_nodes.cli.query import AsOf, AtLeast, File, Local, Wait, print_rows, show_rows
 from agentflow_nodes.cli.session import client_logs, run, target
 from agentflow_projections.queries import Ready, named, ready_made
@@ -72,6 +73,7 @@ def report_command(  # noqa: PLR0913, PLR0917 - options
     at_least: AtLeast = 0,
     wait_s: Wait = 30.0,
     file: File = None,
+    archive: Archive = None,
     local: Local = False,
     nats: Nats = None,
     namespace: Namespace = "default",
@@ -95,7 +97,7 @@ def report_command(  # noqa: PLR0913, PLR0917 - options
     _check(ready, drawn)
     given = {"buckets": buckets, "limit": limit, "since": since or None, ready.name: about or None}
     told = {key: value for key, value in given.items() if value is not None}
-    wanted = Wanted(target(nats, namespace), file, as_of, at_least, wait_s, local)
+    wanted = Wanted(target(nats, namespace), file, as_of, at_least, wait_s, local, archive=archive)
     run(_report(ready, told, wanted, drawn, as_json=as_json), logs=client_logs(debug=debug))
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
-from typing import Annotated, Any, Final, cast
+from typing import Annotated, Any, Final
 
 import typer
 
 import agentflow
 from agentflow.domain.life import WorkflowState
 from agentflow.ending import end_tasks
-from agentflow.log.port import Message
 from agentflow_nodes.cli.board import Board, LiveBoard, PlainBoard, QuietBoard
 from agentflow_nodes.cli.cluster import Cluster, ClusterConfig
 from agentflow_nodes.cli.errors import CliError, Exit
@@ -25,6 +23,7 @@ from agentflow_nodes.cli.session import Target, client_logs, open_client, run, t
 from agentflow_nodes.cli.summary import finish, summary
 from agentflow_nodes.cli.workflows import workflow_document
 from agentflow_projections.history import History
+from agentflow_projections.past import LoggedPast
 
 _DRAIN_S: Final = 2.0
 """An interrupted run is over: what it runs gets no more time than this."""
@@ -95,9 +94,10 @@ async def _main(
                 cluster = await stack.enter_async_context(Cluster(config, board.note))
                 where = Target(cluster.url, where.namespace)
             client = await stack.enter_async_context(open_client(where))
-            history, workflow_id = await _follow_to_end(client, workflow, board, embedded=embedded)
+            past = await LoggedPast.of(client.log, client.objects)
+            history, workflow_id = await _follow_to_end(client, past, workflow, board, embedded=embedded)
         row = history.workflows[workflow_id]
-        results = await finish(client, row)
+        results = await finish(client, past, row)
     if as_json:
         print_json({**workflow_document(row, history.now_ms), "results": results})
     else:
@@ -107,14 +107,18 @@ async def _main(
 
 
 async def _follow_to_end(
-    client: agentflow.Client, workflow: agentflow.WorkflowFile, board: Board, *, embedded: bool
+    client: agentflow.Client,
+    past: LoggedPast,
+    workflow: agentflow.WorkflowFile,
+    board: Board,
+    *,
+    embedded: bool,
 ) -> tuple[History, str]:
     """Submit, and fold the log until the workflow has ended. Raises CliError if it is rejected."""
     board.phase("Submitting")
-    before = (await client.log.identity()).last_seq
     handle = await client.submit_workflow(workflow)
-    history = History(client.namespace, keep=lambda key: key == handle.id)
-    following = asyncio.create_task(_fold_until_ended(client, history, handle.id, board))
+    history = History(client.namespace, keep=lambda key: key == handle.id, begun=past.begin())
+    following = asyncio.create_task(_fold_until_ended(past, history, handle.id, board))
     try:
         outcome = await _first(handle.outcome(), following)
         if outcome is not None and outcome.state == "rejected":
@@ -125,7 +129,7 @@ async def _follow_to_end(
         raise
     finally:
         await end_tasks(following)
-    if history.workflows[handle.id].seq <= before:
+    if history.workflows[handle.id].seq <= past.last_seq:
         board.note(f"{handle.id} ran before, this is what came of it: to run it again, give it another id")
     return history, handle.id
 
@@ -142,12 +146,8 @@ async def _first(outcome: Any, following: asyncio.Task[None]) -> Any:
         waiting.cancel()
 
 
-async def _fold_until_ended(
-    client: agentflow.Client, history: History, workflow_id: str, board: Board
-) -> None:
-    first = (await client.log.identity()).first_seq
-    following = cast("AsyncGenerator[list[Message], None]", client.log.follow(max(0, first - 1)))
-    async with aclosing(following):
+async def _fold_until_ended(past: LoggedPast, history: History, workflow_id: str, board: Board) -> None:
+    async with aclosing(past.messages(history.state.seq)) as following:
         async for messages in following:
             for message in messages:
                 history.apply(message)

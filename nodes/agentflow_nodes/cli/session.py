@@ -20,10 +20,11 @@ from agentflow.client.client import DEFAULT_URL
 from agentflow.errors import LogGone
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Log
+from agentflow.objects import ObjectStore
+from agentflow.objects.port import Objects
 from agentflow_nodes.cli.errors import not_found, operating, usage
 from agentflow_nodes.cli.logs import QUIET, Level, configure_logs
-from agentflow_nodes.cli.progress import bar
-from agentflow_projections.history import History, Keep, read_history
+from agentflow_projections.history import History
 
 CLIENT_NAME: Final = "cli"
 REACH_TIMEOUT_S: Final = 3.0
@@ -111,6 +112,13 @@ async def open_client(where: Target) -> AsyncGenerator[agentflow.Client, None]:
 @asynccontextmanager
 async def open_log(where: Target) -> AsyncGenerator[Log, None]:
     """The namespace's log for reading; it is never created."""
+    async with open_stores(where) as (log, _):
+        yield log
+
+
+@asynccontextmanager
+async def open_stores(where: Target) -> AsyncGenerator[tuple[Log, Objects], None]:
+    """The namespace's log and its objects for reading; neither is ever created."""
     await require_server(where)
     async with (
         Bus(where.urls, name=f"agentflow {CLIENT_NAME}", connect_timeout_s=REACH_TIMEOUT_S) as bus,
@@ -122,13 +130,7 @@ async def open_log(where: Target) -> AsyncGenerator[Log, None]:
             raise not_found(
                 f"there is no namespace {where.namespace!r} at {where.url}: nothing was ever submitted to it"
             ) from error
-        yield log
-
-
-async def load(log: Log, *, keep: Keep | None = None) -> History:
-    """Fold the log as it is now, showing how far it is if that takes a while."""
-    with bar("Reading the log") as tell:
-        return await read_history(log, progress=tell, keep=keep)
+        yield log, ObjectStore(bus, where.namespace)
 
 
 def now_ms(history: History) -> int:

@@ -16,10 +16,12 @@ from agentflow.events import Needs, Retry, TaskSubmitted
 from agentflow_nodes.cli.errors import CliError, Exit, usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats, parse_labels
 from agentflow_nodes.cli.output import console, print_json, print_lines, say
+from agentflow_nodes.cli.past import load
 from agentflow_nodes.cli.requests import parse_priority
-from agentflow_nodes.cli.session import Target, client_logs, load, open_client, run, target
+from agentflow_nodes.cli.session import Target, client_logs, open_client, run, target
 from agentflow_nodes.cli.summary import FAILURES_MAX, failure
 from agentflow_nodes.cli.tasks import complete
+from agentflow_projections.past import LoggedPast
 
 _WHAT = "What to run"
 _HOW = "How"
@@ -244,12 +246,13 @@ async def _told(
 
 async def _show_output(client: agentflow.Client, outcome: Outcome) -> None:
     """Show what a failed task, or those of a failed workflow, wrote before."""
-    history = await load(client.log, keep=lambda key: key == outcome.id)
+    past = await LoggedPast.of(client.log, client.objects)
+    history = await load(past, keep=lambda key: key == outcome.id)
     workflow = history.workflows.get(outcome.id)
     rows = list(workflow.tasks.values()) if workflow is not None else [history.tasks[outcome.id]]
     failed = [row for row in rows if row.state == "failed"][:FAILURES_MAX]
     for row in failed:
-        await complete(client.log, row)
+        await complete(past, row)
         console(stderr=True).print(Group(*failure(row)))
 
 

@@ -12,7 +12,8 @@ import agentflow
 from agentflow.domain.life import State
 from agentflow_nodes.cli.output import DIM, STYLES, duration, plain, state_text
 from agentflow_nodes.cli.tasks import complete, output_block, shown_error, task_table
-from agentflow_projections.history import TaskRow, WorkflowRow
+from agentflow_projections.history_rows import TaskRow, WorkflowRow
+from agentflow_projections.past import LoggedPast
 
 ROWS_MAX: Final = 200
 FAILURES_MAX: Final = 5
@@ -21,12 +22,12 @@ _TAIL_LINES: Final = 20
 _RESULT_SHOWN_MAX: Final = 2_000
 
 
-async def finish(client: agentflow.Client, row: WorkflowRow) -> dict[str, Any]:
+async def finish(client: agentflow.Client, past: LoggedPast, row: WorkflowRow) -> dict[str, Any]:
     """Read what the history keeps in part; the results of the tasks nothing depends on."""
     last = [task for task in row.tasks.values() if task.task_id not in row.dependents]
     failed = [task for task in row.tasks.values() if task.state is State.FAILED]
     for task in last[:RESULTS_MAX] + failed[:FAILURES_MAX]:
-        await complete(client.log, task)
+        await complete(past, task)
     results = {}
     for task in last[:RESULTS_MAX]:
         if task.object is not None:
@@ -62,7 +63,7 @@ def headline(row: WorkflowRow, now_ms: int) -> Text:
     line = Text.assemble(state_text(row.state), "  ", plain(row.name or row.id, "bold"))
     if row.name:
         line.append_text(plain(f"  {row.id}", DIM))
-    took = duration((row.ended_ms or now_ms) - row.submitted_ms)
+    took = duration(row.took_ms(now_ms))
     line.append(f"  {took}  ", style=DIM)
     return line.append_text(counts)
 

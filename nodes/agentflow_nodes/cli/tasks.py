@@ -16,7 +16,6 @@ from agentflow import ids
 from agentflow.domain.life import FINAL, State
 from agentflow.events import TaskCompleted, TaskFailed
 from agentflow.frames import judge
-from agentflow.log.port import Log
 from agentflow_nodes.cli.errors import not_found, usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import (
@@ -30,8 +29,12 @@ from agentflow_nodes.cli.output import (
     state_text,
     table,
 )
-from agentflow_nodes.cli.session import Target, client_logs, load, now_ms, open_log, run, target
-from agentflow_projections.history import Attempt, History, TaskRow
+from agentflow_nodes.cli.past import Archive, load, open_logged
+from agentflow_nodes.cli.session import Target, client_logs, now_ms, run, target
+from agentflow_projections.history import History
+from agentflow_projections.history_begun import fill
+from agentflow_projections.history_rows import Attempt, TaskRow
+from agentflow_projections.past import LoggedPast
 
 _LIMIT: Final = 50
 _RESULT_SHOWN_MAX: Final = 4_000
@@ -39,6 +42,7 @@ _RESULT_SHOWN_MAX: Final = 4_000
 
 def task_command(
     wanted: Annotated[str, typer.Argument(metavar="ID", help="The task's id.", show_default=False)],
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -53,19 +57,21 @@ def task_command(
         agentflow task 0197a3c4-6d1e-7cc2-9d3f-0f3c5a2b1e77
         agentflow task release-7/build --json | jq .result
     """
-    run(_task(target(nats, namespace), wanted, as_json=as_json), logs=client_logs(debug=debug))
+    main = _task(target(nats, namespace), wanted, archive, as_json=as_json)
+    run(main, logs=client_logs(debug=debug))
 
 
-async def _task(where: Target, wanted: str, *, as_json: bool) -> None:
+async def _task(where: Target, wanted: str, archive: str | None, *, as_json: bool) -> None:
     wanted_key = ids.workflow_of(wanted) or wanted
-    async with open_log(where) as log:
-        history = await load(log, keep=lambda key: key == wanted_key)
+    async with open_logged(where, archive, quiet=as_json) as past:
+        history = await load(past, keep=lambda key: key == wanted_key)
         row = history.tasks.get(wanted)
         if row is None:
             raise not_found(_unknown(history, wanted))
-        await complete(log, row)
+        await fill(past, [row])
+        await complete(past, row)
     if as_json:
-        print_json(task_document(row, now_ms(history)))
+        print_json({**task_document(row, now_ms(history)), "known_from": past.known_from})
     else:
         console().print(_described(row, history))
 
@@ -80,13 +86,23 @@ def _unknown(history: History, wanted: str) -> str:
     for refused in history.refused:
         if ids.derived(refused.seq, refused.index) == wanted:
             return f"{wanted!r} was rejected: {refused.reason}: {refused.detail}"
+    if history.state.closed.get(wanted) is not None:
+        return ended_before(history, wanted)
     return f"no task is called {wanted!r}; 'agentflow tasks' lists them"
 
 
-async def complete(log: Log, row: TaskRow) -> None:
+def ended_before(history: History, wanted: str) -> str:
+    """Of a task or workflow that ended before what the history knows."""
+    state, where = history.state.status(wanted)
+    position = ".".join(map(str, where))
+    return f"{wanted!r} is {state} since position {position}, which was trimmed: --archive DIR has it"
+
+
+async def complete(past: LoggedPast, row: TaskRow) -> None:
     """Read the whole outputs and the result, which the history keeps in part."""
+    messages = await past.read(attempt.seq for attempt in row.attempts if attempt.seq)
     for attempt in row.attempts:
-        message = await log.read(attempt.seq) if attempt.seq else None
+        message = messages.get(attempt.seq)
         if message is None:
             continue
         event = judge(message.subject, message.data, message.headers).items[attempt.index]
@@ -94,9 +110,11 @@ async def complete(log: Log, row: TaskRow) -> None:
             attempt.stdout, attempt.stderr = event.stdout, event.stderr
         if isinstance(event, TaskCompleted) and isinstance(event.result, msgspec.Raw):
             row.result = event.result
+        if isinstance(event, TaskCompleted):
+            row.object = event.object
 
 
-def tasks_command(
+def tasks_command(  # noqa: PLR0913, PLR0917 - options
     state: Annotated[
         list[str] | None,
         typer.Option("--state", help=f"Only these: {', '.join(State)}; repeatable.", show_default=False),
@@ -105,6 +123,7 @@ def tasks_command(
         str, typer.Option("--workflow", metavar="ID", help="Only tasks of this workflow.")
     ] = "",
     limit: Annotated[int, typer.Option("--limit", min=0, help="The latest so many; 0: all.")] = _LIMIT,
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -123,21 +142,37 @@ def tasks_command(
     if unknown:
         raise usage(f"--state: expected {', '.join(State)}; found {', '.join(sorted(unknown))!r}")
     where = target(nats, namespace)
-    run(_tasks(where, states, workflow, limit, as_json=as_json), logs=client_logs(debug=debug))
+    wanted = Wanted(states, workflow, limit)
+    run(_tasks(where, wanted, archive, as_json=as_json), logs=client_logs(debug=debug))
 
 
-async def _tasks(where: Target, states: frozenset[str], workflow: str, limit: int, *, as_json: bool) -> None:
-    async with open_log(where) as log:
-        history = await load(log, keep=(lambda key: key == workflow) if workflow else None)
-    found = [
-        row
-        for row in history.tasks.values()
-        if (not states or row.state in states) and (not workflow or row.workflow == workflow)
-    ]
-    shown = found[-limit:] if limit else found
+class Wanted(msgspec.Struct, frozen=True):
+    """Which tasks are to be listed."""
+
+    states: frozenset[str]
+    workflow: str
+    limit: int
+    """The latest so many; 0: all."""
+
+    def among(self, history: History) -> list[TaskRow]:
+        """Those that are."""
+        return [
+            row
+            for row in history.tasks.values()
+            if (not self.states or row.state in self.states)
+            and (not self.workflow or row.workflow == self.workflow)
+        ]
+
+
+async def _tasks(where: Target, wanted: Wanted, archive: str | None, *, as_json: bool) -> None:
+    async with open_logged(where, archive, quiet=as_json) as past:
+        history = await load(past, keep=(lambda key: key == wanted.workflow) if wanted.workflow else None)
+        found = wanted.among(history)
+        shown = found[-wanted.limit :]
+        await fill(past, shown)
     if as_json:
         for row in shown:
-            print_json(task_document(row, now_ms(history)))
+            print_json({**task_document(row, now_ms(history)), "known_from": past.known_from})
         return
     if not shown:
         say("No such tasks." if history.tasks else "No tasks yet: 'agentflow submit' hands one over.", DIM)
@@ -165,7 +200,7 @@ def task_table(rows: list[TaskRow], now_ms: int, *, inside: bool = False) -> Tab
 
 def attempts_text(row: TaskRow) -> str:
     """Attempts so far, and how many failures are allowed."""
-    count = len(row.attempts)
+    count = row.tries
     return f"{count}/{row.attempts_max}" if row.attempts_max > 1 else str(count or "")
 
 
@@ -216,7 +251,7 @@ def _facts(row: TaskRow, history: History) -> Table:
         ("why not yet", _why_waiting(row, history)),
         ("depends on", ", ".join(row.dependencies)),
         ("priority", str(row.priority)),
-        ("submitted", f"{moment(row.submitted_ms)} by {row.client}, at {row.seq}.{row.index}"),
+        ("submitted", f"{moment(row.submitted_ms)} by {row.client}, at {row.seq}.{row.index}".lstrip()),
         ("waited", duration(row.wait_ms(now))),
         ("ran", duration(row.run_ms(now))),
     ):
@@ -260,17 +295,11 @@ def _attempt_table(row: TaskRow, now_ms: int) -> Table:
             str(attempt.number),
             state_text(attempt.outcome or "running"),
             plain(attempt.worker),
-            moment(attempt.started_ms or attempt.assigned_ms),
-            duration(_took_ms(attempt, now_ms)),
+            moment(attempt.begun_ms),
+            duration(attempt.took_ms(now_ms)),
             plain(": ".join(part for part in (attempt.error, attempt.message) if part)),
         )
     return made
-
-
-def _took_ms(attempt: Attempt, now_ms: int) -> float:
-    if attempt.run_us:
-        return attempt.run_us / 1000
-    return max(0, (attempt.ended_ms or now_ms) - (attempt.started_ms or attempt.assigned_ms))
 
 
 def output_block(name: str, text: str) -> list[RenderableType]:
@@ -313,7 +342,7 @@ def task_document(row: TaskRow, now_ms: int) -> dict[str, Any]:
         "dependencies": row.dependencies,
         "client": row.client,
         "position": [row.seq, row.index],
-        "submitted_ms": row.submitted_ms,
+        "submitted_ms": row.submitted_ms or None,
         "ready_ms": row.ready_ms or None,
         "ended_ms": row.ended_ms or None,
         "wait_ms": row.wait_ms(now_ms),
@@ -324,6 +353,7 @@ def task_document(row: TaskRow, now_ms: int) -> dict[str, Any]:
         "cancel_reason": row.cancel_reason,
         "result": msgspec.json.decode(row.result) if row.result is not None else None,
         "object": msgspec.to_builtins(row.object),
+        "tries": row.tries,
         "attempts": [_attempt_document(attempt) for attempt in row.attempts],
     }
 

@@ -15,10 +15,10 @@ from agentflow.domain.simulate import Change
 from agentflow_nodes.cli.errors import usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, duration, moment, plain, print_json, table
-from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, NoFile, open_past, parse_until
+from agentflow_nodes.cli.past import Archive, Begin, End, NoFile, Source, open_past, parse_until
 from agentflow_nodes.cli.progress import bar
 from agentflow_nodes.cli.requests import parse_priority
-from agentflow_nodes.cli.session import Target, client_logs, run, target
+from agentflow_nodes.cli.session import client_logs, run, target
 from agentflow_projections.past import Until
 from agentflow_projections.whatif import WhatIf, what_if
 
@@ -29,16 +29,8 @@ T = TypeVar("T")
 
 
 def what_if_command(  # noqa: PLR0913, PLR0917 - options
-    begin: Annotated[
-        str | None,
-        typer.Option(
-            "--from", metavar=MOMENT, help=f"Begin with {MOMENT_HELP}.", show_default="the beginning"
-        ),
-    ] = None,
-    until: Annotated[
-        str | None,
-        typer.Option("--to", metavar=MOMENT, help=f"Up to {MOMENT_HELP}.", show_default="the end"),
-    ] = None,
+    begin: Begin = None,
+    until: End = None,
     strategy: Annotated[
         str, typer.Option("--strategy", metavar="NAME", help=f"Another strategy: {', '.join(STRATEGIES)}.")
     ] = "",
@@ -63,7 +55,8 @@ def what_if_command(  # noqa: PLR0913, PLR0917 - options
             show_default=False,
         ),
     ] = None,
-    file: NoFile = "",
+    file: NoFile = None,
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -91,7 +84,8 @@ def what_if_command(  # noqa: PLR0913, PLR0917 - options
         durations=tuple(_pair("--durations", each, _factor, otherwise="*") for each in durations or ()),
     )
     stretch = parse_until("--from", begin), parse_until("--to", until)
-    main = _what_if(target(nats, namespace), change, stretch, file, as_json=as_json)
+    source = Source(target(nats, namespace), file, archive)
+    main = _what_if(source, change, stretch, as_json=as_json)
     run(main, logs=client_logs(debug=debug))
 
 
@@ -116,10 +110,8 @@ def _factor(text: str) -> float | None:
     return factor if 0 <= factor <= _FACTOR_MAX else None
 
 
-async def _what_if(
-    where: Target, change: Change, stretch: tuple[Until, Until], file: str, *, as_json: bool
-) -> None:
-    async with open_past(where, file) as past:
+async def _what_if(source: Source, change: Change, stretch: tuple[Until, Until], *, as_json: bool) -> None:
+    async with open_past(source, quiet=as_json) as past:
         with bar("Simulating") as tell:
             found = await what_if(past, change, begin=stretch[0], until=stretch[1], progress=tell)
     if as_json:

@@ -26,20 +26,21 @@ from agentflow_nodes.cli.output import (
     state_text,
     table,
 )
-from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, NoFile, open_past, parse_until
+from agentflow_nodes.cli.past import MOMENT, MOMENT_HELP, Archive, NoFile, Source, open_past, parse_until
 from agentflow_nodes.cli.progress import bar
-from agentflow_nodes.cli.session import Target, client_logs, run, target
+from agentflow_nodes.cli.session import client_logs, run, target
 from agentflow_projections.past import Until
 from agentflow_projections.why import Answer, why
 
 
-def why_command(
+def why_command(  # noqa: PLR0913, PLR0917 - options
     wanted: Annotated[str, typer.Argument(metavar="TASK", help="The task's id.", show_default=False)],
     at: Annotated[
         str | None,
         typer.Option("--at", metavar=MOMENT, help=f"As it was then: {MOMENT_HELP}.", show_default="now"),
     ] = None,
-    file: NoFile = "",
+    file: NoFile = None,
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -57,13 +58,14 @@ def why_command(
         agentflow why release-7/build --at -10m
         agentflow why release-7/build --json | jq .waiting.cause
     """
-    main = _why(target(nats, namespace), wanted, parse_until("--at", at), file, as_json=as_json)
+    source = Source(target(nats, namespace), file, archive)
+    main = _why(source, wanted, parse_until("--at", at), as_json=as_json)
     run(main, logs=client_logs(debug=debug))
 
 
-async def _why(where: Target, wanted: str, until: Until, file: str, *, as_json: bool) -> None:
-    is_now = until == Until() and not file
-    async with open_past(where, file) as past:
+async def _why(source: Source, wanted: str, until: Until, *, as_json: bool) -> None:
+    is_now = until == Until() and source.file is None
+    async with open_past(source, quiet=as_json) as past:
         with bar("Reading the log") as tell:
             now_ms = time.time_ns() // 1_000_000 if is_now else None
             answer = await why(past, wanted, until=until, now_ms=now_ms, progress=tell)

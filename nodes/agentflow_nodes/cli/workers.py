@@ -27,19 +27,19 @@ from agentflow_nodes.cli.output import (
     state_text,
     table,
 )
+from agentflow_nodes.cli.past import Archive, load, open_logged
 from agentflow_nodes.cli.session import (
     CLIENT_NAME,
     REACH_TIMEOUT_S,
     Target,
     client_logs,
-    load,
     now_ms,
-    open_log,
     run,
     target,
 )
 from agentflow_nodes.master.liveness import SIGNS_SERVICE, Sign, decode_signs
-from agentflow_projections.history import WorkerRow, WorkerState
+from agentflow_projections.history_begun import fill_workers
+from agentflow_projections.history_rows import WorkerRow, WorkerState
 
 _GONE: Final = (WorkerState.LOST, WorkerState.LEFT)
 _LATELY_MS: Final = 3_600_000
@@ -54,6 +54,7 @@ def workers_command(
     everyone: Annotated[
         bool, typer.Option("--all", help="Also those that left or were lost more than an hour ago.")
     ] = False,
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -69,18 +70,20 @@ def workers_command(
         agentflow workers
         agentflow workers --all --json
     """
-    run(_workers(target(nats, namespace), everyone=everyone, as_json=as_json), logs=client_logs(debug=debug))
+    main = _workers(target(nats, namespace), archive, everyone=everyone, as_json=as_json)
+    run(main, logs=client_logs(debug=debug))
 
 
-async def _workers(where: Target, *, everyone: bool, as_json: bool) -> None:
-    async with open_log(where) as log:
-        history = await load(log, keep=lambda _: False)
+async def _workers(where: Target, archive: str | None, *, everyone: bool, as_json: bool) -> None:
+    async with open_logged(where, archive, quiet=as_json or not everyone) as past:
+        history = await load(past, keep=lambda _: False)
+        await fill_workers(past, history.workers.values())
     known = await _signs(where)
     now, rows = now_ms(history), history.worker_rows()
     shown = [row for row in rows if everyone or row.state not in _GONE or now - row.ended_ms < _LATELY_MS]
     if as_json:
         for row in shown:
-            print_json(worker_document(row, known))
+            print_json({**worker_document(row, known), "known_from": past.known_from})
         return
     if shown:
         console().print(_table(shown, known, now))
@@ -140,7 +143,7 @@ def _table(rows: list[WorkerRow], known: Known, now: int) -> Table:
             str(row.level),
             plain(_offers(row)),
             str(len(row.functions)),
-            plain(f"{row.host}:{row.pid}", DIM),
+            plain(f"{row.host}:{row.pid or '?'}", DIM),
             moment(row.ended_ms or row.joined_ms),
             _heard_of(row, sign, now),
         )
@@ -190,7 +193,7 @@ def worker_document(row: WorkerRow, known: Known) -> dict[str, Any]:
         "gpus": row.gpus,
         "functions": row.functions,
         "host": row.host,
-        "pid": row.pid,
+        "pid": row.pid or None,
         "level": row.level,
         "joined_ms": row.joined_ms,
         "ended_ms": row.ended_ms or None,

@@ -12,14 +12,18 @@ from agentflow.domain import dag
 from agentflow_nodes.cli.errors import not_found
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
 from agentflow_nodes.cli.output import DIM, console, duration, plain, print_json, state_text
-from agentflow_nodes.cli.session import Target, client_logs, load, now_ms, open_log, run, target
+from agentflow_nodes.cli.past import Archive, load, open_logged
+from agentflow_nodes.cli.session import Target, client_logs, now_ms, run, target
 from agentflow_nodes.cli.summary import headline
-from agentflow_nodes.cli.tasks import attempts_text, shown_error, task_document
-from agentflow_projections.history import TaskRow, WorkflowRow
+from agentflow_nodes.cli.tasks import attempts_text, ended_before, shown_error, task_document
+from agentflow_projections.history import History
+from agentflow_projections.history_begun import fill_workflow
+from agentflow_projections.history_rows import TaskRow, WorkflowRow
 
 
 def workflow_command(
     wanted: Annotated[str, typer.Argument(metavar="ID", help="The workflow's id.", show_default=False)],
+    archive: Archive = None,
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -34,21 +38,29 @@ def workflow_command(
         agentflow workflow release-7
         agentflow workflow release-7 --json | jq .counts
     """
-    run(_workflow(target(nats, namespace), wanted, as_json=as_json), logs=client_logs(debug=debug))
+    main = _workflow(target(nats, namespace), wanted, archive, as_json=as_json)
+    run(main, logs=client_logs(debug=debug))
 
 
-async def _workflow(where: Target, wanted: str, *, as_json: bool) -> None:
-    async with open_log(where) as log:
-        history = await load(log, keep=lambda key: key == wanted)
-    row = history.workflows.get(wanted)
-    if row is None:
-        if wanted in history.tasks:
-            raise not_found(f"{wanted!r} is a task: see 'agentflow task {wanted}'")
-        raise not_found(f"no workflow is called {wanted!r}")
+async def _workflow(where: Target, wanted: str, archive: str | None, *, as_json: bool) -> None:
+    async with open_logged(where, archive, quiet=as_json) as past:
+        history = await load(past, keep=lambda key: key == wanted)
+        row = history.workflows.get(wanted)
+        if row is None:
+            raise not_found(_unknown(history, wanted))
+        await fill_workflow(past, row)
     if as_json:
-        print_json(workflow_document(row, now_ms(history)))
+        print_json({**workflow_document(row, now_ms(history)), "known_from": past.known_from})
     else:
         console().print(workflow_tree(row, now_ms(history)))
+
+
+def _unknown(history: History, wanted: str) -> str:
+    if wanted in history.tasks:
+        return f"{wanted!r} is a task: see 'agentflow task {wanted}'"
+    if history.state.closed.get(wanted) is not None:
+        return ended_before(history, wanted)
+    return f"no workflow is called {wanted!r}"
 
 
 def workflow_tree(row: WorkflowRow, now_ms: int) -> Tree:
@@ -73,7 +85,7 @@ def _leaf(row: TaskRow, others: list[str], now_ms: int) -> Text:
         line.append_text(plain(f"  {row.title}"))
     if row.attempts:
         line.append_text(plain(f"  {duration(row.run_ms(now_ms))} on {row.worker}", DIM))
-    if len(row.attempts) > 1:
+    if row.tries > 1:
         line.append(f"  attempt {attempts_text(row)}", style="yellow")
     if others:
         line.append_text(plain(f"  after {', '.join(others)} too", DIM))
@@ -91,7 +103,7 @@ def workflow_document(row: WorkflowRow, now_ms: int) -> dict[str, Any]:
         "state": str(row.state),
         "client": row.client,
         "position": [row.seq, row.index],
-        "submitted_ms": row.submitted_ms,
+        "submitted_ms": row.submitted_ms or None,
         "ended_ms": row.ended_ms or None,
         "counts": row.counts(),
         "tasks": [task_document(task, now_ms) for task in row.tasks.values()],

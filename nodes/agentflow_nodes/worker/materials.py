@@ -26,8 +26,8 @@ from agentflow.events import (
 )
 from agentflow.ids import TASK_SEPARATOR
 from agentflow.log.port import Log
-from agentflow.objects import ObjectStore
 from agentflow.objects.kept import read_message
+from agentflow.objects.port import Objects
 from agentflow.references import AT_KEY, RESULT_KEY
 
 _decode: Final = frames.decode_any
@@ -61,7 +61,7 @@ def inline(assigned: TaskAssigned) -> Materials:
     )
 
 
-async def gather(log: Log, objects: ObjectStore, assigned: TaskAssigned) -> Materials:
+async def gather(log: Log, objects: Objects, assigned: TaskAssigned) -> Materials:
     """Fetch and put in place. Raises ObjectMissing, Disconnected, BadInput."""
     found = inline(assigned)
     if assigned.seq:
@@ -94,7 +94,7 @@ def _decoded_object(data: bytes, ref: ObjectRef) -> Any:
         raise BadInput(f"object {ref.name} holds no JSON: {error}") from error
 
 
-async def _item(log: Log, objects: ObjectStore | None, seq: int, index: int) -> Any:
+async def _item(log: Log, objects: Objects | None, seq: int, index: int) -> Any:
     message = await (log.read(seq) if objects is None else read_message(log, objects, seq))
     if message is None:
         raise ObjectMissing(f"the log no longer holds position {seq}")
@@ -104,9 +104,7 @@ async def _item(log: Log, objects: ObjectStore | None, seq: int, index: int) -> 
     return items[index]
 
 
-async def submission(
-    log: Log, task_id: str, seq: int, index: int, objects: ObjectStore | None = None
-) -> Work:
+async def submission(log: Log, task_id: str, seq: int, index: int, objects: Objects | None = None) -> Work:
     """What was submitted for a task at a position, or kept of it when that was trimmed.
 
     Raises ObjectMissing if it is not there.
@@ -122,7 +120,7 @@ async def submission(
     raise ObjectMissing(f"the submission of {task_id} is not at {seq}, {index}")
 
 
-async def _result(log: Log, objects: ObjectStore, given: Input) -> Any:
+async def _result(log: Log, objects: Objects, given: Input) -> Any:
     if given.value is not UNSET:
         return _decode(given.value)
     item = await _item(log, objects, given.seq, given.index)
