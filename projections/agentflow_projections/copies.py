@@ -16,9 +16,9 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from agentflow_projections.confinement import NOBODY
 from agentflow_projections.database import Database
 from agentflow_projections.query import position_of
-from agentflow_projections.sandbox import NOBODY
 
 _PREFIX: Final = "agentflow-query-"
 _FRESH_S_MIN: Final = 0.5
@@ -54,10 +54,7 @@ class _Copy:
         self.path: Final = Path(self._folder.name) / "db"
         try:
             database.copy_to(self.path)
-            for each in Path(self._folder.name).iterdir():
-                each.chmod(0o400)
-                _give_away(each)
-            _give_away(Path(self._folder.name))
+            _give(Path(self._folder.name))
         except BaseException:
             self.remove()
             raise
@@ -82,10 +79,18 @@ def remove_orphans() -> None:
                 os.close(found)
 
 
-def _give_away(path: Path) -> None:
-    """The process that reads it is nobody's, where this one may make it so."""
+def _give(folder: Path) -> None:
+    """Let it be read, and no more, by the process that is asked: nobody's, where this one may make it so."""
+    for_group = os.geteuid() == 0
+    for each in folder.iterdir():
+        _restrict(each, 0o440 if for_group else 0o400)
+    _restrict(folder, 0o750 if for_group else 0o700)
+
+
+def _restrict(path: Path, mode: int) -> None:
     if os.geteuid() == 0:
-        os.chown(path, NOBODY, NOBODY)
+        os.chown(path, -1, NOBODY)
+    path.chmod(mode)
 
 
 class Copies:

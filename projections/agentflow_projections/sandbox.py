@@ -2,33 +2,25 @@
 
 DuckDB knows no untrusted user: any statement may read what its process may, take all memory
 and run for ever, and does not always heed an interrupt. So each question gets a process that
-has nothing but a copy of one namespace's history, no network where the system lets it, limits
-of the kernel on memory, CPU, files written and open, and a deadline after which it is killed.
-DuckDB's own locks come on top.
-
-`python -m agentflow_projections.sandbox` is that process: it reads a `Job` from stdin and writes
-frames to stdout, each a length (4 bytes, big-endian), a letter and so many bytes: `J` a JSON
-document, `A` a piece of an Arrow IPC stream.
+has nothing but a copy of one namespace's history (`confinement`), limits on memory and CPU,
+and a deadline after which it is killed. DuckDB's own locks come on top (`sandboxed`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import io
-import os
-import resource
+import signal
 import sys
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 import msgspec
 from msgspec import Struct
 
-from agentflow.errors import AgentFlowError, InvalidRequest, OperatingError
-from agentflow_projections.query import Answer, Question, answer, position_of
+from agentflow.errors import OperatingError
+from agentflow_projections.query import Question
 
 CHUNK_BYTES: Final = 256 * 1024
 """Answers come in pieces of about this size."""
@@ -41,26 +33,12 @@ _ENVIRONMENT: Final = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",
     "MALLOC_ARENA_MAX": "1",
 }
-NOBODY: Final = 65_534
-"""The user the process becomes, where it may."""
-_CLONE_NEWUSER: Final = 0x1000_0000
-_CLONE_NEWNET: Final = 0x4000_0000
-_NO_NEW_PRIVILEGES: Final = 38
-_FILES_MAX: Final = 64
+# Cut off before DuckDB and Arrow are loaded, since they start threads.
+PROGRAM: Final = (
+    "from agentflow_projections.confinement import cut_off; cut_off(); "
+    "from agentflow_projections.sandboxed import main; main()"
+)
 _MIB: Final = 1024 * 1024
-
-LOCKED_DOWN: Final[Mapping[str, str]] = {
-    "enable_external_access": "false",
-    "autoinstall_known_extensions": "false",
-    "autoload_known_extensions": "false",
-    "allow_community_extensions": "false",
-    "allow_unsigned_extensions": "false",
-    "python_enable_replacements": "false",
-    "threads": "1",
-    "temp_directory": "",
-    "max_temp_directory_size": "0B",
-    "lock_configuration": "true",
-}
 
 T = TypeVar("T")
 
@@ -71,7 +49,7 @@ class Limits(Struct, frozen=True):
     rows_max: int = 100_000
     bytes_max: int = 64 * _MIB
     """Bytes of an answer, as it is sent."""
-    address_space_mb: int = 1_536
+    address_space_mb: int = 1_024
     memory_mb: int = 512
     """What DuckDB allows itself."""
     deadline_s: float = 10.0
@@ -86,6 +64,26 @@ class Overloaded(OperatingError):
 
 class DeadlineExceeded(OperatingError):
     """A question took longer than it may."""
+
+
+class Deadline(Struct, frozen=True):
+    """Until when an answer must be whole, by the loop's clock."""
+
+    at: float
+    allowed_s: float
+
+    @classmethod
+    def after(cls, allowed_s: float) -> Self:
+        """So many seconds from now."""
+        return cls(asyncio.get_running_loop().time() + allowed_s, allowed_s)
+
+    async def wait_for(self, waiting: Coroutine[Any, Any, T], missed: str = "there was no whole answer") -> T:
+        """Raises DeadlineExceeded, which says what was missed."""
+        try:
+            async with asyncio.timeout_at(self.at):
+                return await waiting
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"{missed} within {self.allowed_s:g} s") from error
 
 
 class Job(Struct, frozen=True):
@@ -116,16 +114,19 @@ class Sandbox:
         self._turns = asyncio.Semaphore(limits.at_once)
         self._waiting = 0
 
-    async def ask(self, job: Job, deadline: float) -> AsyncGenerator[tuple[bytes, bytes], None]:
-        """The frames of the answer: letter and content; by `deadline` of the loop's clock, waiting included.
+    async def ask(self, job: Job, deadline: Deadline) -> AsyncGenerator[tuple[bytes, bytes], None]:
+        """The frames of the answer: letter and content; waiting for a turn is part of the time.
 
         Raises Overloaded, DeadlineExceeded, and OperatingError if the process died.
         """
         if self._turns.locked() and self._waiting >= self.limits.waiting_max:
-            raise Overloaded(f"{self.limits.at_once} questions are being answered and {self._waiting} wait")
+            raise Overloaded(
+                f"{self.limits.at_once} questions are being answered and {self._waiting} wait, which is as many"
+                f" as may; the last of them ends within {self.limits.deadline_s:g} s"
+            )
         self._waiting += 1
         try:
-            await _within(self._turns.acquire(), deadline)
+            await deadline.wait_for(self._turns.acquire())
         finally:
             self._waiting -= 1
         try:
@@ -136,9 +137,9 @@ class Sandbox:
             self._turns.release()
 
 
-async def _run(job: Job, deadline: float) -> AsyncGenerator[tuple[bytes, bytes], None]:
+async def _run(job: Job, deadline: Deadline) -> AsyncGenerator[tuple[bytes, bytes], None]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", "-m", "agentflow_projections.sandbox"),
+        *(sys.executable, "-I", "-c", PROGRAM),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
@@ -152,27 +153,26 @@ async def _run(job: Job, deadline: float) -> AsyncGenerator[tuple[bytes, bytes],
         process.stdin.write(msgspec.msgpack.encode(job))
         process.stdin.close()
         while True:
-            frame = await _within(_frame(process.stdout), deadline)
+            frame = await deadline.wait_for(_frame(process.stdout))
             if frame is None:
                 break
             yield frame
-        status = await _within(process.wait(), deadline)
+        status = await deadline.wait_for(process.wait())
         if status:
-            raise OperatingError(
-                f"the process that answered died with {status}: it took more memory or CPU than it may"
-            )
+            raise OperatingError(_death(status, job.limits))
     finally:
         with suppress(ProcessLookupError):
             process.kill()
         await process.wait()
 
 
-async def _within(waiting: Coroutine[Any, Any, T], deadline: float) -> T:
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await waiting
-    except TimeoutError as error:
-        raise DeadlineExceeded("no whole answer in the time allowed") from error
+def _death(status: int, limits: Limits) -> str:
+    if status == -signal.SIGXCPU:
+        return f"a question may take {limits.deadline_s:g} s of CPU"
+    return (
+        f"a question may take {limits.address_space_mb} MiB of memory, and nest so deep:"
+        f" the process that answered died with {status}"
+    )
 
 
 async def _frame(pipe: asyncio.StreamReader) -> tuple[bytes, bytes] | None:
@@ -184,143 +184,3 @@ async def _frame(pipe: asyncio.StreamReader) -> tuple[bytes, bytes] | None:
         return head[4:], await pipe.readexactly(size)
     except (asyncio.IncompleteReadError, ConnectionError):
         return None
-
-
-# In the process ------------------------------------------------------------------------------
-
-
-def main() -> None:
-    """Answer one question, and end."""
-    job = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Job)
-    leave_network()  # what has threads already may not
-    import duckdb  # noqa: PLC0415 - files are opened before there may be no more
-    import pyarrow as pa  # noqa: PLC0415
-
-    pa.set_cpu_count(1)
-    confine(job.limits)
-    out = _Out(sys.stdout.buffer)
-    try:
-        with duckdb.connect(job.path, read_only=True, config=locked_down(job.limits)) as connection:
-            _answer(connection, job, out)
-    except InvalidRequest as error:
-        out.json({"error": {"kind": "invalid", "message": str(error)}})
-    except (AgentFlowError, duckdb.Error, MemoryError) as error:
-        out.json({"error": {"kind": "failed", "message": str(error) or type(error).__name__}})
-
-
-def locked_down(limits: Limits) -> dict[str, Any]:
-    """DuckDB's own locks: no file, no network, no setting."""
-    return {**LOCKED_DOWN, "memory_limit": f"{limits.memory_mb}MiB"}
-
-
-def leave_network() -> None:
-    """Be in a network of one's own, with nothing in it; where the system forbids it the other locks have to do."""
-    libc = ctypes.CDLL(None)
-    if libc.unshare(_CLONE_NEWNET) and os.geteuid():
-        libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET)
-
-
-def confine(limits: Limits) -> None:
-    """Give up for good what a question needs not: rights, memory, CPU, files."""
-    ctypes.CDLL(None).prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
-    if os.geteuid() == 0:
-        os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
-    cpu_s = int(limits.deadline_s) + 1
-    for kind, value in (
-        (resource.RLIMIT_AS, limits.address_space_mb * _MIB),
-        (resource.RLIMIT_CPU, cpu_s),
-        (resource.RLIMIT_FSIZE, 0),
-        (resource.RLIMIT_NOFILE, _FILES_MAX),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(kind, (value, value))
-
-
-def _answer(connection: Any, job: Job, out: _Out) -> None:
-    position = position_of(connection.cursor())
-    found = answer(connection.cursor(), job.question)
-    out.json({"columns": msgspec.to_builtins(found.columns), "position": position})
-    chunks = _arrow_chunks(found, job) if job.arrow else _json_chunks(found, job)
-    rows, truncated = 0, False
-    for count, letter, chunk in chunks:
-        if out.sent + len(chunk) > job.limits.bytes_max:
-            truncated = True
-            break
-        out.frame(letter, chunk)
-        rows += count
-    truncated = truncated or rows > job.rows_max
-    out.json({"end": End(min(rows, job.rows_max), out.sent, truncated, position)})
-
-
-Chunk = tuple[int, bytes, bytes]
-"""Rows in it, its letter, its bytes."""
-
-
-def _json_chunks(found: Answer, job: Job) -> Iterator[Chunk]:
-    """Rows as JSON, up to one more than may be sent: that there is more is told by the count."""
-    left = job.rows_max
-    encode = msgspec.json.Encoder().encode
-    for batch in found.rows():
-        pieces, size = [], 0
-        for row in batch[:left]:
-            pieces.append(encode(row))
-            size += len(pieces[-1])
-            if size >= CHUNK_BYTES:
-                yield len(pieces), b"J", _rows(pieces)
-                pieces, size = [], 0
-        if pieces:
-            yield len(pieces), b"J", _rows(pieces)
-        left -= len(batch)
-        if left < 0:
-            yield 1, b"J", _rows([])
-            return
-
-
-def _rows(pieces: list[bytes]) -> bytes:
-    return b'{"rows":[' + b",".join(pieces) + b"]}"
-
-
-def _arrow_chunks(found: Answer, job: Job) -> Iterator[Chunk]:
-    import pyarrow as pa  # noqa: PLC0415 - JSON needs none
-
-    left = job.rows_max
-    batches = found.arrow()
-    sink = io.BytesIO()
-    with pa.ipc.new_stream(sink, batches.schema) as writer:
-        for batch in found.batches(batches):
-            writer.write_batch(batch.slice(0, left))
-            yield min(batch.num_rows, left), b"A", _taken(sink)
-            left -= batch.num_rows
-            if left < 0:
-                yield 1, b"A", b""
-                break
-    yield 0, b"A", _taken(sink)
-
-
-def _taken(sink: io.BytesIO) -> bytes:
-    data = sink.getvalue()
-    sink.seek(0)
-    sink.truncate()
-    return data
-
-
-class _Out:
-    """Writes frames."""
-
-    def __init__(self, pipe: BinaryIO) -> None:
-        self.sent = 0
-        self._pipe = pipe
-
-    def json(self, document: Any) -> None:
-        self.frame(b"J", msgspec.json.encode(document))
-
-    def frame(self, letter: bytes, data: bytes) -> None:
-        self._pipe.write(len(data).to_bytes(4) + letter + data)
-        self._pipe.flush()
-        self.sent += len(data)
-
-
-if __name__ == "__main__":
-    main()

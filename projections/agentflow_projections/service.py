@@ -23,10 +23,10 @@ from contextlib import aclosing, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from agentflow import wire
 from agentflow.bus import Bus, Subscription
@@ -36,9 +36,10 @@ from agentflow.logs import get_logger
 from agentflow_projections.copies import Copies, reach_of, remove_orphans
 from agentflow_projections.database import Database
 from agentflow_projections.queries import named
-from agentflow_projections.query import Question, answer, parse_when, position_at, position_of
+from agentflow_projections.query import LATEST, Question, answer, parse_when, position_at, position_of
 from agentflow_projections.sandbox import (
     CHUNK_BYTES,
+    Deadline,
     DeadlineExceeded,
     Job,
     Limits,
@@ -53,6 +54,11 @@ _POLL_S_MAX: Final = 0.1
 
 _log = get_logger(__name__)
 
+T = TypeVar("T")
+
+
+Position = Annotated[int, Meta(ge=0, le=LATEST)]
+
 
 class Request(Struct, frozen=True, forbid_unknown_fields=True):
     """What is asked: `sql`, or the ready-made question `report`, or neither: how far the history reaches."""
@@ -61,14 +67,14 @@ class Request(Struct, frozen=True, forbid_unknown_fields=True):
     report: str = ""
     params: dict[str, Any] = {}
     """Values for `$name`; bound, never written into the SQL."""
-    as_of: int | str | None = None
+    as_of: Position | str | None = None
     """A position, or a time: 2026-11-21T17:00 (UTC), or -15m."""
-    at_least: int = 0
+    at_least: Position = 0
     """Wait until the history reaches this position."""
     format: Literal["json", "arrow"] = "json"
-    limit: int = 0
+    limit: Position = 0
     """At most so many rows; 0: as many as the service allows."""
-    timeout_s: float = 10.0
+    timeout_s: Annotated[float, Meta(ge=0)] = 10.0
     """Give up after so long; the service allows no more than it is set to."""
 
 
@@ -134,16 +140,10 @@ class QueryService:
 
     async def _try(self, data: bytes, out: _Reply) -> None:
         request = _decoded(data)
-        timeout_s = min(request.timeout_s, self.limits.deadline_s)
-        deadline = asyncio.get_running_loop().time() + timeout_s
-        try:
-            async with asyncio.timeout_at(deadline):
-                database = await self._reaching(request.at_least)
-                as_of = await asyncio.to_thread(_position, database, request.as_of)
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"the history did not reach {request.at_least} within {timeout_s:g} s"
-            ) from error
+        deadline = Deadline.after(min(request.timeout_s, self.limits.deadline_s))
+        late = f"the history did not reach {request.at_least}"
+        database = await deadline.wait_for(self._reaching(request.at_least), late)
+        as_of = await asyncio.to_thread(_position, database, request.as_of)
         if request.sql:
             async with self._copies.use(database, max(request.at_least, as_of or 0)) as path:
                 await self._ask(request, path, as_of, out, deadline)
@@ -163,11 +163,10 @@ class QueryService:
             pause_s = min(_POLL_S_MAX, 2 * pause_s)
 
     async def _ask(
-        self, request: Request, path: Path, as_of: int | None, out: _Reply, deadline: float
+        self, request: Request, path: Path, as_of: int | None, out: _Reply, deadline: Deadline
     ) -> None:
-        rows_max = min(request.limit or self.limits.rows_max, self.limits.rows_max)
         question = Question(request.sql, request.params, as_of)
-        job = Job(str(path), question, request.format == "arrow", rows_max, self.limits)
+        job = Job(str(path), question, request.format == "arrow", self._rows_max(request), self.limits)
         async with aclosing(self._sandbox.ask(job, deadline)) as frames:
             async for letter, content in frames:
                 if letter == b"A":
@@ -175,28 +174,30 @@ class QueryService:
                 else:
                     await out.json(content)
 
+    def _rows_max(self, request: Request) -> int:
+        return min(request.limit or self.limits.rows_max, self.limits.rows_max)
+
     async def _report(
-        self, request: Request, database: Database, as_of: int | None, out: _Reply, deadline: float
+        self, request: Request, database: Database, as_of: int | None, out: _Reply, deadline: Deadline
     ) -> None:
         if request.format != "json":
             raise InvalidRequest("format: reports are answered in json; with sql there is arrow too")
         question = named(request.report).question(request.params, as_of)
         cursor = database.cursor()
-        asking = asyncio.ensure_future(
-            asyncio.to_thread(_all, cursor, question, request.limit or self.limits.rows_max)
-        )
+        asking = asyncio.ensure_future(asyncio.to_thread(_all, cursor, question, self._rows_max(request)))
         try:
-            async with asyncio.timeout_at(deadline):
-                document = await asyncio.shield(asking)
-        except (TimeoutError, asyncio.CancelledError) as error:
+            document = await deadline.wait_for(_shielded(asking))
+        except (DeadlineExceeded, asyncio.CancelledError):
             while not asking.done():
                 cursor.interrupt()
                 await asyncio.wait((asking,), timeout=_POLL_S)
             asking.exception()
-            if isinstance(error, TimeoutError):
-                raise DeadlineExceeded("no answer in the time allowed") from error
             raise
         await out.whole(document)
+
+
+async def _shielded(asking: asyncio.Future[T]) -> T:
+    return await asyncio.shield(asking)
 
 
 def _all(cursor: Any, question: Question, limit: int) -> dict[str, Any]:
@@ -223,10 +224,9 @@ def _all(cursor: Any, question: Question, limit: int) -> dict[str, Any]:
 def _decoded(data: bytes) -> Request:
     try:
         request = msgspec.json.decode(data, type=Request)
-    except msgspec.DecodeError as error:
+        msgspec.msgpack.encode(request.params)  # as they are handed on
+    except (msgspec.DecodeError, RecursionError, OverflowError) as error:
         raise InvalidRequest(f'expected a JSON object like {{"sql": "FROM tasks"}}: {error}') from error
-    if min(request.limit, request.at_least, request.timeout_s) < 0:
-        raise InvalidRequest("limit, at_least and timeout_s: expected 0 or more")
     if request.sql and request.report:
         raise InvalidRequest("expected sql or report, found both")
     return request

@@ -6,9 +6,11 @@ import asyncio
 import json
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pytest
 
@@ -19,7 +21,11 @@ from agentflow_projections.asking import ask_service
 from agentflow_projections.database import Database
 from agentflow_projections.sandbox import DeadlineExceeded, Limits, Overloaded
 from agentflow_projections.service import QueryService, Request
+from tests.eventually import eventually
+from tests.integration.test_projector import World
+from tests.integration.test_projector_faults import following, has_all
 from tests.integration.test_queries import written
+from tests.integration.test_sandbox import BOMBS, LIMITS_NAMED
 from tests.unit.given import NAMESPACE
 from tests.unit.histories import History
 
@@ -144,7 +150,10 @@ WRONG = [
     (b'{"sql": 5}', "expected a JSON object"),
     (b'{"sql": "SELECT 1", "nonsense": true}', "expected a JSON object"),
     (b'{"sql": "SELECT 1", "report": "waits"}', "found both"),
-    (b'{"sql": "SELECT 1", "limit": -1}', "expected 0 or more"),
+    (b'{"sql": "SELECT 1", "limit": -1}', "Expected `int` >= 0 - at `$.limit`"),
+    (b'{"sql": "SELECT 1", "at_least": 100000000000000000000000}', "`$.at_least`"),
+    (b'{"sql": "SELECT $a", "params": {"a": 100000000000000000000000}}', "expected a JSON object"),
+    (b'{"sql": "SELECT $a", "params": {"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}}", "recursion"),
     (b'{"report": "nothing"}', "there is no report"),
     (b'{"report": "waits", "format": "arrow"}', "with sql there is arrow too"),
     (b'{"sql": "DROP TABLE frames"}', "found DROP"),
@@ -182,13 +191,60 @@ async def test_no_more_wait_for_a_position_than_can_be_held(bus: Bus, service: Q
 
 
 async def test_the_copy_that_is_asked_is_removed_in_the_end(bus: Bus, database: Database) -> None:
-    async with QueryService(bus, NAMESPACE, lambda: database):
-        ((path,),) = (await ask(bus, sql="SELECT path FROM duckdb_databases() WHERE database_name = 'db'"))[
-            "rows"
-        ]
-        assert Path(path).exists()
-        assert str(database.path) != path
-    assert not Path(path).exists()
+    async with (
+        QueryService(bus, NAMESPACE, lambda: database) as asked,
+        asked._copies.use(database, 0) as path,
+    ):
+        assert path.exists()
+        assert database.path != path
+    assert not path.exists()
+
+
+async def test_whoever_asks_does_not_learn_where_the_file_is(bus: Bus, service: QueryService) -> None:
+    everything = await ask(bus, sql="SELECT path FROM duckdb_databases() WHERE path IS NOT NULL")
+    settings = await ask(bus, sql="FROM duckdb_settings()")
+    assert everything["rows"] == [["/db"]]
+    assert tempfile.gettempdir() not in str(settings)
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary files that other users can enter, as the system's."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
+
+
+async def test_twenty_bombs_at_once_stop_neither_questions_nor_the_projector(
+    bus: Bus, tmp_path: Path, copies: Path
+) -> None:
+    world, children = World(tmp_path), psutil.Process().children(recursive=True)
+    world.store(20)
+    async with following(world) as (projection, _):
+        await projection.opened.wait()
+        async with QueryService(bus, NAMESPACE, lambda: projection.database, Limits(deadline_s=2)):
+            bombs = asyncio.gather(*(ask(bus, sql=sql) for sql in BOMBS), return_exceptions=True)
+            while world.later:
+                world.store(20)
+                await has_all(projection, world)
+                assert not bombs.done()
+            sane = await eventually(partial(_asked, bus, "SELECT max(seq) FROM frames", world.seqs[-1]))
+            told = [each for each in await bombs if isinstance(each, Exception)]
+    assert sane["rows"] == [[world.seqs[-1]]]
+    assert len(BOMBS) == 20
+    assert [type(each) for each in told].count(Overloaded) == 10
+    assert [str(each) for each in told if not LIMITS_NAMED.search(str(each))] == []
+    assert psutil.Process().children(recursive=True) == children
+    assert list(copies.iterdir()) == []
+
+
+async def _asked(bus: Bus, sql: str, at_least: int) -> dict[str, Any] | None:
+    """An answer, or None if it has to be asked again."""
+    try:
+        return await ask(bus, sql=sql, at_least=at_least)
+    except (Overloaded, DeadlineExceeded):
+        return None
 
 
 async def test_the_copies_of_who_was_killed_are_removed(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import os
+import re
 import resource
 import sys
 import tempfile
@@ -18,16 +18,18 @@ import duckdb
 import pytest
 
 from agentflow.errors import InvalidRequest, OperatingError
+from agentflow_projections import sandbox
 from agentflow_projections.query import Question, answer
 from agentflow_projections.sandbox import (
-    NOBODY,
+    PROGRAM,
+    Deadline,
     DeadlineExceeded,
     Job,
     Limits,
     Overloaded,
     Sandbox,
-    locked_down,
 )
+from agentflow_projections.sandboxed import locked_down
 from tests.integration.test_queries import written
 from tests.unit.histories import History
 
@@ -62,7 +64,8 @@ REFUSED = [
     "FROM read_duckdb('{file}')",
     "FROM '/proc/self/environ'",
     "FROM read_text('/proc/self/maps')",
-    "FROM duckdb_secrets()",
+    "FROM read_single_csv_file('{file}')",
+    "FROM json_execute_serialized_sql(json_serialize_sql('FROM read_text(''{file}'')'))",
     "FROM duckdb_extensions()",
     "FROM secret_rows",
     "SELECT getenv('HOME')",
@@ -94,6 +97,8 @@ REFUSED = [
     "PRAGMA profiling_output = '{new}'",
     "PRAGMA enable_logging",
     "CALL enable_logging(storage = 'file', storage_path = '{new}')",
+    "FROM enable_logging(storage = 'file', storage_path = '{new}')",
+    "FROM enable_profiling(format = 'json', save_location = '{new}.json')",
     "CALL pragma_version()",
     "CREATE TABLE x (i INTEGER)",
     "CREATE TEMP TABLE x AS SELECT 1",
@@ -123,8 +128,6 @@ REFUSED = [
     ";",
     "nonsense",
 ]
-# They take a path for a text like any other, or their arguments are no names of files.
-HARMLESS = {"json_each", "json_tree", "test_vector_types", "unnest"}
 READERS = {
     "read_csv",
     "read_text",
@@ -135,17 +138,34 @@ READERS = {
     "sniff_csv",
     "parquet_metadata",
 }
+_NUMBERS = ",".join(map(str, range(100_000)))
 BOMBS = [
     "SELECT len(list_sort(range(100000000)))",
     "SELECT len(repeat('x', 1000000000))",
     "SELECT count(*) FROM range(1000000000000)",
+    "FROM range(1000000000000)",
     "SELECT sum(a.range * b.range) FROM range(10000000) AS a, range(10000000) AS b",
     "SELECT count(DISTINCT range) FROM range(1000000000)",
     "WITH RECURSIVE t AS (SELECT 1 AS n UNION ALL SELECT n + 1 FROM t) SELECT max(n) FROM t",
+    "WITH RECURSIVE t AS (SELECT 'x' AS x UNION ALL SELECT x || x FROM t) SELECT max(len(x)) FROM t",
     "SELECT list(range) FROM range(1000000000)",
     "FROM range(100000000) ORDER BY hash(range)",
     "SELECT string_agg(repeat('x', 1000000), '') FROM range(100000)",
+    "SELECT repeat('x', 400000) FROM range(1000000)",
+    "SELECT count(*) FROM range(10000000) WHERE regexp_matches(repeat('a', 5000) || range, '(a|aa)+$')",
+    "SELECT count(regexp_replace(repeat('a', 100000000) || range, '(a*)*b', 'x', 'g')) FROM range(1000)",
+    "SELECT len(printf('%1000000000d', 1))",
+    "SELECT len(lpad('x', 2000000000, 'y'))",
+    "SELECT " + "(" * 100_000 + "1" + ")" * 100_000,
+    "SELECT " + "[" * 100_000 + "1" + "]" * 100_000,
+    "SELECT count(*) FROM range(1000000000) WHERE range NOT IN (" + _NUMBERS + ")",  # noqa: S608 - ours
+    "SELECT 1" + " UNION ALL SELECT 1" * 40_000,
 ]
+# What they may be told; the rest is an answer that says how far it goes.
+LIMITS_NAMED = re.compile(
+    r"within 2 s|may take \d+ (MiB of memory|s of CPU)|depth limit of \d+|takes more than \d+ bytes"
+    r"|2 questions are being answered and 8 wait"
+)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +185,7 @@ def secret(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def locked(history: Path) -> Iterator[Any]:
-    with duckdb.connect(str(history), read_only=True, config=locked_down(Limits())) as connection:
+    with locked_down(str(history), Limits()) as connection:
         yield connection
 
 
@@ -179,10 +199,10 @@ def rows_of(connection: Any, sql: str) -> list[list[Any]]:
 
 async def run(history: Path, sql: str, limits: Limits | None = None) -> list[Any]:
     """The documents that the process answers."""
-    sandbox = Sandbox(limits or Limits())
-    job = Job(str(history), Question(sql), arrow=False, rows_max=1_000, limits=sandbox.limits)
-    deadline = asyncio.get_running_loop().time() + sandbox.limits.deadline_s
-    async with aclosing(sandbox.ask(job, deadline)) as frames:
+    asked = Sandbox(limits or Limits())
+    job = Job(str(history), Question(sql), arrow=False, rows_max=1_000, limits=asked.limits)
+    deadline = Deadline.after(asked.limits.deadline_s)
+    async with aclosing(asked.ask(job, deadline)) as frames:
         return [json.loads(content) async for _, content in frames]
 
 
@@ -200,25 +220,34 @@ def test_without_the_locks_it_would_not_be(history: Path, secret: Path) -> None:
         assert CANARY in str(rows_of(connection, f"FROM '{secret}'"))
 
 
-def test_no_table_function_opens_a_file(locked: Any, secret: Path) -> None:
-    """Every one that DuckDB has, with a path in place of each argument it may have."""
-    known = {name for (name,) in rows_of(locked, _FUNCTIONS)}
-    assert known >= READERS
-    answered, refused = set(), set()
+def test_no_table_function_opens_a_file(locked: Any, secret: Path, tmp_path: Path) -> None:
+    """Every one that DuckDB has, with a path in place of each argument it may have.
+
+    One that opens files answers differently, without the locks, when the file is not there.
+    """
+    missing = tmp_path / "nowhere" / secret.name
+    with duckdb.connect() as free:
+        known = [name for (name,) in rows_of(free, _FUNCTIONS)]
+        openers = {name for name in known if _said(free, name, secret) != _said(free, name, missing)}
+    assert openers >= READERS
     for name in known:
-        for argument in (f"'{secret}'", f"['{secret}']"):
-            for count in (1, 2, 3):
-                arguments = ", ".join([argument] * count)
-                try:
-                    found = rows_of(locked, f'FROM "{name}"({arguments})')
-                except (InvalidRequest, OperatingError) as error:
-                    if "disabled by configuration" in str(error):
-                        refused.add(name)
-                else:
-                    answered.add(name)
-                    assert CANARY not in str(found), name
-    assert answered - HARMLESS == set()
-    assert refused >= READERS
+        said = _said(locked, name, secret)
+        assert said == _said(locked, name, missing), name
+        assert CANARY not in said
+        assert ("disabled by configuration" in said) == (name in openers), name
+
+
+def _said(connection: Any, function: str, path: Path) -> str:
+    """What comes of calling a function with a path, rows and errors, whatever the path is called."""
+    said: list[object] = []
+    for argument in (f"'{path}'", f"['{path}']"):
+        for count in (1, 2, 3):
+            arguments = ", ".join([argument] * count)
+            try:
+                said.append(rows_of(connection, f'FROM "{function}"({arguments})'))
+            except (InvalidRequest, OperatingError) as error:
+                said.append(error)
+    return str(said).replace(str(path.parent), "")
 
 
 _FUNCTIONS = "SELECT DISTINCT function_name FROM duckdb_functions() WHERE function_type = 'table'"
@@ -258,53 +287,110 @@ async def test_the_process_sees_nothing_of_ours(
     assert str(Path.home()) not in shown
 
 
+# As whom, and by which way in: the rights of root, a namespace of one's own, or neither of them.
 _CONFINED = """
-import json, os, resource, sys
-from agentflow_projections.sandbox import Limits, confine
-confine(Limits())
-try:
-    with open(sys.argv[1], "w") as file:
-        file.write("x")
-except OSError as error:
-    refused = error.strerror
-print(json.dumps([os.getuid(), resource.getrlimit(resource.RLIMIT_AS)[1], refused]))
+import ctypes, errno, json, os, resource, socket, sys
+from pathlib import Path
+from agentflow_projections.confinement import confine, cut_off, filter_system_calls
+user, alone, folder, outside = int(sys.argv[1]), sys.argv[2] == "alone", Path(sys.argv[3]), sys.argv[4]
+if user:
+    os.setgroups([]), os.setgid(user), os.setuid(user)
+if alone:
+    cut_off()
+else:
+    ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
+    filter_system_calls()
+confine(folder, address_space_mb=1024, cpu_s=5)
+
+def refused(attempt, *arguments):
+    try:
+        return attempt(*arguments) and None
+    except OSError as error:
+        return errno.errorcode[error.errno]
+
+print(json.dumps({
+    "user": os.getuid(),
+    "memory": resource.getrlimit(resource.RLIMIT_AS)[1] >> 20,
+    "reads": Path("db").read_text(),
+    "writes": refused(open, "db", "r+"),
+    "creates": refused(open, "new", "w"),
+    "elsewhere": refused(open, outside),
+    "calls": refused(socket.socket),
+    "calls_here": refused(socket.socket, socket.AF_UNIX),
+    "pairs": refused(socket.socketpair),
+    "forks": refused(os.fork),
+    "runs": refused(os.execv, sys.executable, [sys.executable]),
+    "kills": refused(os.kill, os.getppid(), 0),
+}))
 """
 
 
-async def test_the_process_has_no_rights_and_little_memory() -> None:
+@pytest.mark.parametrize(("user", "alone"), [(0, "alone"), (4711, "alone"), (4711, "not alone")])
+async def test_the_process_can_do_nothing_but_read(user: int, alone: str) -> None:
+    if os.getuid() != 0:
+        user = 0  # it stays who it is
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o777)
+        Path(folder).chmod(0o755)
+        (Path(folder) / "db").write_text("history")
+        outside = Path(folder).with_suffix(".outside")
+        outside.write_text(CANARY)
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", _CONFINED, f"{folder}/new"), stdout=asyncio.subprocess.PIPE
+            *(sys.executable, "-c", _CONFINED, str(user), alone, folder, str(outside)),
+            stdout=asyncio.subprocess.PIPE,
         )
         out, _ = await process.communicate()
-    user, memory, refused = json.loads(out)
-    assert user == (NOBODY if os.getuid() == 0 else os.getuid())
-    assert memory == Limits().address_space_mb * 1024 * 1024
-    assert refused == os.strerror(errno.EFBIG)
+        outside.unlink()
+    found = json.loads(out)
+    assert found.pop("user") != 0
+    assert found.pop("reads") == "history"
+    assert found.pop("memory") == Limits().address_space_mb
+    assert all(found.values()), found
 
 
-@pytest.mark.parametrize("sql", BOMBS)
-async def test_a_bomb_ends_in_time_and_takes_little(history: Path, sql: str) -> None:
-    loop = asyncio.get_running_loop()
-    limits = Limits(deadline_s=2)
-    begun = loop.time()
-    try:
-        (*_, last) = await run(history, sql, limits)
-        assert "memory" in last["error"]["message"].lower()
-    except (DeadlineExceeded, OperatingError):
-        pass
-    assert loop.time() - begun < limits.deadline_s + 1
+_AS_ANYBODY = """
+import os, sys
+import agentflow_projections.sandboxed
+os.setgroups([]), os.setgid(4711), os.setuid(4711)
+"""
+
+
+async def test_it_answers_also_who_is_not_root(history: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.getuid() == 0:
+        monkeypatch.setattr(sandbox, "PROGRAM", _AS_ANYBODY + PROGRAM)
+    (*_, last) = await run(history, "SELECT count(*) AS n FROM frames")
+    assert last["end"]["rows"] == 1
+
+
+async def test_bombs_end_in_time_take_little_and_are_told_why(history: Path) -> None:
+    left = BOMBS.copy()
+
+    async def explode() -> None:
+        while left:
+            await _require_told(history, left.pop())
+
+    await asyncio.gather(*(explode() for _ in range(4)))
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < RSS_KB_MAX
 
 
+async def _require_told(history: Path, sql: str) -> None:
+    loop = asyncio.get_running_loop()
+    limits, begun = Limits(deadline_s=2), loop.time()
+    try:
+        (*_, last) = await run(history, sql, limits)
+        said = "" if last.get("end", {}).get("truncated") else last["error"]["message"]
+    except OperatingError as error:
+        said = str(error)
+    assert loop.time() - begun < limits.deadline_s + 1, sql[:80]
+    assert not said or LIMITS_NAMED.search(said), (sql[:80], said)
+
+
 async def test_who_waits_too_long_for_a_turn_is_told(history: Path) -> None:
-    sandbox = Sandbox(Limits(at_once=1, waiting_max=1))
-    deadline = asyncio.get_running_loop().time() + 2
-    bomb = Job(str(history), Question(BOMBS[2]), arrow=False, rows_max=1, limits=sandbox.limits)
+    asked = Sandbox(Limits(at_once=1, waiting_max=1))
+    deadline = Deadline.after(2)
+    bomb = Job(str(history), Question(BOMBS[2]), arrow=False, rows_max=1, limits=asked.limits)
 
     async def ask() -> list[Any]:
-        async with aclosing(sandbox.ask(bomb, deadline)) as frames:
+        async with aclosing(asked.ask(bomb, deadline)) as frames:
             return [content async for _, content in frames]
 
     found = await asyncio.gather(*(ask() for _ in range(4)), return_exceptions=True)
