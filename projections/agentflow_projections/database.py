@@ -276,9 +276,7 @@ class Database:
         found = rows.columns() if isinstance(rows, Columns) else zip(*rows, strict=True)
         columns = [pa.array(column, field.type) for field, column in zip(schema, found, strict=True)]
         with _errors():
-            self._connection.register("batch", pa.Table.from_arrays(columns, schema=schema))
-            self._connection.execute(f'INSERT INTO "{table}" SELECT * FROM batch')  # noqa: S608 - our own name
-            self._connection.unregister("batch")
+            self._connection.from_arrow(pa.Table.from_arrays(columns, schema=schema)).insert_into(table)
 
     # Reading -----------------------------------------------------------------------------
 

@@ -36,8 +36,8 @@ from agentflow_projections.rows import Recorder
 
 BATCH_ROWS_MAX: Final = 50_000
 """Folding waits once so many rows wait to be written."""
-PACE_S: Final = 0.1
-"""A transaction costs some milliseconds whatever is in it: no more than one in so long, unless rows pile up."""
+PACE_S: Final = 0.2
+"""A transaction costs ten milliseconds whatever is in it: no more than one in so long, unless rows pile up."""
 KEEP_EVENTS: Final = 200_000
 """After so many events the state is kept anew: about a second of folding for who begins there."""
 KEEP_IDLE_S: Final = 2.0

@@ -28,7 +28,8 @@ CREATE TABLE frames (
     subject VARCHAR,
     headers VARCHAR,
     events INTEGER NOT NULL,
-    data BLOB NOT NULL,
+    -- What DuckDB would choose for it takes eight times as long, and three times the space.
+    data BLOB NOT NULL USING COMPRESSION zstd,
     sound VARCHAR
 );
 
