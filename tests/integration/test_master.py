@@ -81,7 +81,7 @@ async def test_of_a_namespace_that_is_gone_nothing_is_left_and_it_may_come_again
         await client.bus.js_api("STREAM.DELETE.AF_shop", b"", 5.0)
         await eventually(lambda: "shop" not in master.seats)
     assert listens[0] == listens[1]
-    await eventually(lambda: not any("shop" in name for name in master._tasks.values()))
+    await eventually(lambda: not any("shop" in task.get_name() for task in master._tasks.running))
     assert not ended.done()
     await end_tasks(ended)
 

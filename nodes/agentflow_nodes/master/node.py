@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Final, Self
 
 from msgspec.structs import replace
 
 from agentflow import wire
 from agentflow.bus import Bus
 from agentflow.domain.state import Ended, Namespace
-from agentflow.ending import end_tasks
-from agentflow.errors import LogGone, OperatingError, StreamMismatch
+from agentflow.errors import LogGone, OperatingError
 from agentflow.leases.jetstream import JetStreamLeases
 from agentflow.log.jetstream import JetStreamLog
-from agentflow.log.stream import stream_names
 from agentflow.logs import get_logger
 from agentflow.objects import ObjectStore
 from agentflow_nodes.master.abandoned import Abandoned
@@ -33,14 +30,11 @@ from agentflow_nodes.master.seat import Seat
 from agentflow_nodes.master.sessions import Sessions
 from agentflow_nodes.master.sharing import Session, handover
 from agentflow_nodes.master.telling import Services, tell
+from agentflow_nodes.namespaces import Discovery, Tasks, collect_garbage_seldom
 from agentflow_projections.hydrate import hydrate
 from agentflow_projections.trimmed import fetch_snapshot
 
 _SWEEP_S: Final = 5.0
-_DISCOVER_S: Final = 2.0
-_NAMES_TIMEOUT_S: Final = 5.0
-# A fold of a million tasks is long-lived objects only: collecting them often buys nothing.
-_GC_THRESHOLD: Final = (100_000, 20, 100)
 # Revisions of a bucket created anew lie above those of an earlier one: a session of before must
 # not be renewed into it. What depends on that for safety is not here but in the log.
 _REVISIONS_PER_S: Final = 2**20
@@ -61,29 +55,30 @@ class Master:
         self._instance = secrets.token_hex(8)
         self._started_ms = time.time_ns() // 1_000_000
         self._sessions = Sessions(self._open_leases, config.lease_ttl_s, self._describe, self._look)
-        self._tasks: dict[asyncio.Task[None], str] = {}
-        self._done: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue()
+        self._tasks = Tasks(self.seats, self._lose_seat)
+        self._discovery = Discovery(
+            self.bus, wants=lambda namespace: namespace not in self.seats, serve=self._take_found_seat
+        )
         self._stack = AsyncExitStack()
         self._leaving = False
-        self._unfit: set[str] = set()
         self._hashes: dict[str, FoldHashes] = {}
         self._beside: dict[str, tuple[Callable[[], object], ...]] = {}
         """What ends what goes on beside each seat."""
 
     async def __aenter__(self) -> Self:
-        gc.set_threshold(*_GC_THRESHOLD)
+        collect_garbage_seldom()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.bus)
-            stack.push_async_callback(self._end_tasks)
+            stack.push_async_callback(self._tasks.end)
             for namespace in self.config.served:
                 await self._take_seat(namespace)
             if self.config.discover:
-                await self._discover_once()
+                await self._discovery.once()
             await self._wait_caught_up()
-            self._start(self._sessions.run(), "sessions")
-            self._start(self._balance(), "balance")
+            self._tasks.start(self._sessions.run(), "sessions")
+            self._tasks.start(self._balance(), "balance")
             if self.config.discover:
-                self._start(self._discover(), "discovery")
+                self._tasks.start(self._discovery.run(), "discovery")
             self._stack = stack.pop_all()
         return self
 
@@ -102,26 +97,7 @@ class Master:
 
     async def ended(self) -> None:
         """Wait until it stops by itself, and raise why: LogGone, or a bug."""
-        while True:
-            self._settle(await self._done.get())
-
-    def _settle(self, task: asyncio.Task[None]) -> None:
-        """Raise what ended a task, unless it is a log of several that is gone."""
-        namespace = self._tasks.pop(task)
-        if task.cancelled():
-            return  # with its seat
-        try:
-            task.result()
-        except LogGone as error:
-            if len(self.seats) < 2 or namespace not in self.seats:  # noqa: PLR2004 - the only one
-                raise
-            _log.error(
-                "the log is gone: this namespace is served no more", namespace=namespace, error=str(error)
-            )
-            del self.seats[namespace]
-            for end in self._beside.pop(namespace):
-                end()
-            self._sessions.touch()
+        await self._tasks.failed()
 
     # Seats -----------------------------------------------------------------------------
 
@@ -139,9 +115,19 @@ class Master:
         await hashes.listen()
         self._hashes[namespace] = hashes
         self.seats[namespace] = seat
-        self._start(seat.run(), namespace)
-        sweep = self._start(self._sweep(namespace, seat, log), f"abandoned locks of {namespace}")
+        self._tasks.start(seat.run(), namespace)
+        sweep = self._tasks.start(self._sweep(namespace, seat, log), f"abandoned locks of {namespace}")
         self._beside[namespace] = (sweep.cancel, seat.liveness.close, services.close, hashes.close)
+
+    async def _take_found_seat(self, namespace: str) -> None:
+        await self._take_seat(namespace, create=False)
+        self._sessions.touch()
+
+    def _lose_seat(self, namespace: str) -> None:
+        del self.seats[namespace]
+        for end in self._beside.pop(namespace):
+            end()
+        self._sessions.touch()
 
     async def _kept_state(self, log: JetStreamLog) -> Namespace | None:
         """The state a projector keeps on this machine, or the one that stands for what was trimmed.
@@ -163,10 +149,10 @@ class Master:
     async def _wait_caught_up(self) -> None:
         caught_up = asyncio.ensure_future(self._all_caught_up())
         try:
-            await asyncio.wait({*self._tasks, caught_up}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({*self._tasks.running, caught_up}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             caught_up.cancel()
-        for task in self._tasks:
+        for task in self._tasks.running:
             if task.done():
                 task.result()
 
@@ -237,43 +223,3 @@ class Master:
             if move is not None and self._sessions.held:
                 namespace, successor = move
                 self.seats[namespace].hand_over(successor)
-
-    # Discovery -------------------------------------------------------------------------
-
-    async def _discover(self) -> None:
-        while True:
-            await asyncio.sleep(_DISCOVER_S)
-            try:
-                await self._discover_once()
-            except OperatingError as error:
-                _log.warning("namespaces could not be looked for", error=str(error))
-
-    async def _discover_once(self) -> None:
-        for name in await stream_names(self.bus, _NAMES_TIMEOUT_S):
-            namespace = wire.parse_stream(name)
-            if namespace is None or namespace in self.seats or namespace in self._unfit:
-                continue
-            try:
-                await self._take_seat(namespace, create=False)
-            except LogGone:  # in the meantime
-                continue
-            except StreamMismatch as error:
-                self._unfit.add(namespace)
-                _log.warning("not a log of ours: this namespace is not served", error=str(error))
-                continue
-            except OperatingError as error:  # the others are found all the same
-                _log.warning("a namespace is not served yet", namespace=namespace, error=str(error))
-                continue
-            _log.info("namespace found", namespace=namespace)
-            self._sessions.touch()
-
-    # Tasks -----------------------------------------------------------------------------
-
-    def _start(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.create_task(coroutine, name=name)
-        task.add_done_callback(self._done.put_nowait)
-        self._tasks[task] = name
-        return task
-
-    async def _end_tasks(self) -> None:
-        await end_tasks(*self._tasks)
