@@ -1,15 +1,18 @@
 """The archive of a namespace's log: what was sealed, in Parquet files, by day.
 
-    <folder>/<namespace>/<day>/<first>-<last>/
+    <folder or s3://bucket/prefix>/<namespace>/<day>/<first>-<last>/
         frames.parquet           the messages, byte by byte
         task_changes.parquet     and the other tables of schema.sql that have rows of this stretch
         state.snapshot           the state of the fold at the stretch's end; of the latest stretches only
-        manifest.json            what is there, and what it has to hash to
+        manifest.json            what is there, and what it has to hash to; written last
 
-A stretch is written under another name, read back against the hash chain, and then renamed:
-what has its name is whole. Each goes on where the one before it ended, so that from the first
-manifest to the last one chain leads over all messages. Whoever is interrupted leaves at most a
-folder with a name nobody reads, which the next archiver removes.
+A stretch is written, read back against the hash chain, and then its manifest is written: what
+has one is whole. Each goes on where the one before it ended, so that from the first
+manifest to the last one chain leads over all messages. Whoever is interrupted leaves at most
+files without a manifest, which nobody reads and a later archiver removes.
+
+Small stretches of a day become one large one. It is sealed before they are removed, and for as
+long as both are there the way that leads farthest over the fewest is the archive.
 
 Frames alone are enough to rebuild everything, by folding them. The other tables are what the
 fold said of them when they were archived: with the same schema they are loaded as they are.
@@ -18,8 +21,7 @@ fold said of them when they were archived: with the same schema they are loaded 
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +38,7 @@ from agentflow.frames import decode_any
 from agentflow.limits import LEVEL
 from agentflow.log.port import Message
 from agentflow.logs import get_logger
+from agentflow_projections.archive_store import UNFINISHED, Store, open_store
 from agentflow_projections.chain import START, chained
 
 FORM: Final = 1
@@ -43,9 +46,7 @@ FORM: Final = 1
 MANIFEST: Final = "manifest.json"
 FRAMES: Final = "frames"
 STATE: Final = "state.snapshot"
-UNFINISHED: Final = ".unfinished"
 
-_HASH_BYTES: Final = 1 << 20
 _READ_ROWS: Final = 2_048
 _COLUMNS: Final = ("seq", "stored_ns", "subject", "kind", "actor", "data", "headers")
 
@@ -91,8 +92,21 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
 class Stretch(Struct, frozen=True):
     """A sealed stretch, and where it lies."""
 
-    folder: Path
+    store: Store
+    """Of its namespace."""
+    place: str
+    """Its day and its name."""
     manifest: Manifest
+
+    @property
+    def where(self) -> str:
+        """As people name it."""
+        return f"{self.store.where}/{self.place}"
+
+    @property
+    def day(self) -> str:
+        """On which it began, in UTC."""
+        return self.place.partition("/")[0]
 
     @property
     def last_seq(self) -> int:
@@ -104,93 +118,157 @@ class Stretch(Struct, frozen=True):
         """The hash chain at its end."""
         return bytes.fromhex(self.manifest.chain_after)
 
-    @property
-    def has_state(self) -> bool:
-        """Whether the state at its end was kept."""
-        return (self.folder / STATE).exists()
+    def name(self, table: str) -> str:
+        """The name of the rows of a table, in the store."""
+        return f"{self.place}/{table}.parquet"
 
-    def file(self, table: str) -> Path:
-        """Where the rows of a table are."""
-        return self.folder / f"{table}.parquet"
+    def read(self, file: str) -> Any:
+        """A buffer of one of its files. Raises ArchiveDamaged if it is not there, ArchiveUnreachable."""
+        try:
+            return self.store.read(f"{self.place}/{file}")
+        except OSError as error:
+            raise ArchiveDamaged(f"{self.where}/{file} cannot be read: {error}") from error
 
 
 class Archive:
-    """The archive of one namespace in a folder, as it is on the disk."""
+    """The archive of one namespace, as it is stored."""
 
-    def __init__(self, folder: Path, namespace: str) -> None:
+    def __init__(self, where: str | Path, namespace: str) -> None:
         self.namespace: Final = namespace
-        self.folder: Final = folder / namespace
+        self.store: Final = open_store(where).within(namespace)
+        self._known: dict[str, Stretch] = {}
+        """What was read already: a manifest never changes."""
+
+    @property
+    def where(self) -> str:
+        """As people name it."""
+        return self.store.where
 
     def stretches(self) -> list[Stretch]:
         """All of it, in order. Raises ArchiveDamaged if something is missing between, or cannot be read."""
-        found = [_stretch(path.parent, self.namespace) for path in self._manifests()]
-        for before, after in itertools.pairwise(found):
-            expected = (before.last_seq + 1, before.manifest.chain_after)
-            if (after.manifest.first_seq, after.manifest.chain_before) != expected:
-                raise ArchiveDamaged(
-                    f"{after.folder} begins at {after.manifest.first_seq} with chain {after.manifest.chain_before},"
-                    f" expected {expected[0]} and {expected[1]}, where {before.folder} ends"
-                )
-        return found
+        return _one_way(self.sealed())
 
-    def _manifests(self) -> list[Path]:
-        paths = self.folder.glob(f"*/*/{MANIFEST}")
-        return sorted((path for path in paths if UNFINISHED not in path.parent.name), key=_first_seq)
+    def sealed(self) -> list[Stretch]:
+        """Every stretch that has its manifest, also those that a larger one has taken the place of."""
+        places = [place for place, files in self.places().items() if MANIFEST in files]
+        found = (self._stretch(place) for place in places)
+        # One that was listed and is gone has been taken the place of.
+        self._known = {each.place: each for each in found if each is not None}
+        return list(self._known.values())
+
+    def places(self) -> dict[str, set[str]]:
+        """What is stored: the files by their day and stretch, finished or not."""
+        found: dict[str, set[str]] = {}
+        for name in self.store.names():
+            place, _, file = name.rpartition("/")
+            if place.count("/") == 1:
+                found.setdefault(place, set()).add(file)
+        return {place: files for place, files in found.items() if not place.endswith(UNFINISHED)}
+
+    def states(self) -> set[str]:
+        """The places of stretches whose state was kept."""
+        return {place for place, files in self.places().items() if STATE in files}
+
+    def _stretch(self, place: str) -> Stretch | None:
+        known = self._known.get(place)
+        return _stretch(self.store, place, self.namespace) if known is None else known
 
     def messages(self, after: int = 0, until: int | None = None) -> Iterator[list[Message]]:
         """The messages after a sequence, in order, some at a time. Raises ArchiveDamaged."""
-        for stretch in self.stretches():
-            if stretch.last_seq <= after:
-                continue
-            if until is not None and stretch.manifest.first_seq > until:
-                return
-            for messages in read_messages(stretch):
-                wanted = [
-                    each for each in messages if each.seq > after and (until is None or each.seq <= until)
-                ]
-                if wanted:
-                    yield wanted
+        waiting = self._behind(after)
+        while waiting and (until is None or waiting[0].manifest.first_seq <= until):
+            stretch = waiting.pop(0)
+            try:
+                for messages in read_messages(stretch):
+                    wanted = [
+                        each for each in messages if each.seq > after and (until is None or each.seq <= until)
+                    ]
+                    if wanted:
+                        yield wanted
+                        after = wanted[-1].seq
+            except ArchiveDamaged:
+                waiting = self._behind(after)
+                if any(each.place == stretch.place for each in waiting):
+                    raise
+
+    def _behind(self, after: int) -> list[Stretch]:
+        return [each for each in self.stretches() if each.last_seq > after]
 
     def state(self, stretches: Sequence[Stretch], *, level: int = LEVEL) -> Namespace | None:
         """The state of the fold at the end of the latest stretch that has one; None: fold from the start."""
+        kept = self.states()
         for stretch in reversed(stretches):
             try:
-                if stretch.has_state:
+                if stretch.place in kept:
                     return read_state(stretch, level=level)
             except (SnapshotUnreadable, ArchiveDamaged) as error:
-                _log.warning(
-                    "an archived state cannot be used", folder=str(stretch.folder), reason=str(error)
-                )
+                _log.warning("an archived state cannot be used", where=stretch.where, reason=str(error))
         return None
 
 
-def _first_seq(path: Path) -> int:
-    head = path.parent.name.partition("-")[0]
-    return int(head) if head.isascii() and head.isdigit() else -1
-
-
-def _stretch(folder: Path, namespace: str) -> Stretch:
-    path = folder / MANIFEST
+def _stretch(store: Store, place: str, namespace: str) -> Stretch | None:
+    """The stretch of a place; None: it is gone."""
+    where = f"{store.where}/{place}/{MANIFEST}"
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        manifest = msgspec.json.decode(bytes(store.read(f"{place}/{MANIFEST}")), type=Manifest)
+    except FileNotFoundError:
+        return None
     except (OSError, msgspec.DecodeError) as error:
-        raise ArchiveDamaged(f"{path} cannot be read: {error}") from error
+        raise ArchiveDamaged(f"{where} cannot be read: {error}") from error
     if manifest.form != FORM:
-        raise ArchiveDamaged(f"{path} is of form {manifest.form}; this release reads {FORM}")
+        raise ArchiveDamaged(f"{where} is of form {manifest.form}; this release reads {FORM}")
     if manifest.namespace != namespace:
-        raise ArchiveDamaged(f"{path} is of namespace {manifest.namespace!r}, expected {namespace!r}")
-    return Stretch(folder, manifest)
+        raise ArchiveDamaged(f"{where} is of namespace {manifest.namespace!r}, expected {namespace!r}")
+    return Stretch(store, place, manifest)
+
+
+_End = tuple[int, str]
+"""A sequence, and the hash chain there."""
+
+
+def _one_way(found: Sequence[Stretch]) -> list[Stretch]:
+    """Of all stretches those that lead farthest, over the fewest. Raises ArchiveDamaged if one is left out beyond."""
+    ordered = sorted(found, key=lambda each: each.manifest.first_seq)
+    if not ordered:
+        return []
+    begin = _begin(ordered[0])
+    steps: dict[_End, int] = {begin: 0}
+    last: dict[_End, Stretch] = {}
+    for each in ordered:
+        before, end = _begin(each), (each.last_seq, each.manifest.chain_after)
+        if before in steps and (end not in steps or steps[before] + 1 < steps[end]):
+            steps[end] = steps[before] + 1
+            last[end] = each
+    return _walked_back(ordered, last, begin)
+
+
+def _walked_back(ordered: Sequence[Stretch], last: Mapping[_End, Stretch], begin: _End) -> list[Stretch]:
+    end = max(last)
+    beyond = next((each for each in ordered if each.last_seq > end[0]), None)
+    if beyond is not None:
+        raise ArchiveDamaged(
+            f"{beyond.where} begins at {beyond.manifest.first_seq} with chain {beyond.manifest.chain_before},"
+            f" expected {end[0] + 1} and {end[1]}, where {last[end].where} ends"
+        )
+    way = [last[end]]
+    while _begin(way[-1]) != begin:
+        way.append(last[_begin(way[-1])])
+    return way[::-1]
+
+
+def _begin(stretch: Stretch) -> _End:
+    return stretch.manifest.first_seq - 1, stretch.manifest.chain_before
 
 
 def read_messages(stretch: Stretch) -> Iterator[list[Message]]:
     """The messages of a stretch, in order, some at a time. Raises ArchiveDamaged."""
-    path = stretch.file(FRAMES)
+    data = stretch.read(f"{FRAMES}.parquet")
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(pa.BufferReader(data)) as file:
             for batch in file.iter_batches(_READ_ROWS, columns=list(_COLUMNS)):
                 yield _messages(batch, stretch.manifest.namespace)
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise ArchiveDamaged(f"{path} cannot be read: {error}") from error
+        raise ArchiveDamaged(f"{stretch.where}/{FRAMES}.parquet cannot be read: {error}") from error
 
 
 def _messages(batch: Any, namespace: str) -> list[Message]:
@@ -209,56 +287,51 @@ def _messages(batch: Any, namespace: str) -> list[Message]:
 
 def read_state(stretch: Stretch, *, level: int = LEVEL) -> Namespace:
     """The state of the fold at the end of a stretch. Raises SnapshotUnreadable, ArchiveDamaged."""
-    path = stretch.folder / STATE
+    where = f"{stretch.where}/{STATE}"
+    digest, _, data = bytes(stretch.read(STATE)).partition(b"\n")
     try:
-        digest, _, data = path.read_bytes().partition(b"\n")
         plain = pa.input_stream(pa.BufferReader(data), compression="zstd").read()
     except (OSError, pa.ArrowException) as error:
-        raise ArchiveDamaged(f"{path} cannot be read: {error}") from error
+        raise ArchiveDamaged(f"{where} cannot be read: {error}") from error
     if hash_of(plain) != digest.decode("ascii", "replace"):
-        raise ArchiveDamaged(f"{path} does not hash to what was written: it is damaged")
+        raise ArchiveDamaged(f"{where} does not hash to what was written: it is damaged")
     state = restore(plain, knows=level)
     if state.seq != stretch.last_seq:
-        raise ArchiveDamaged(f"{path} is of position {state.seq}, expected {stretch.last_seq}")
+        raise ArchiveDamaged(f"{where} is of position {state.seq}, expected {stretch.last_seq}")
     return state
 
 
 def verify(stretch: Stretch) -> None:
     """Read a stretch whole: every file by its digest, every message by the chain. Raises ArchiveDamaged."""
     manifest = stretch.manifest
-    for name, expected in manifest.files.items():
-        _verify_file(stretch.file(name), expected)
+    for table, expected in manifest.files.items():
+        _verify_file(stretch, f"{table}.parquet", expected)
     chain, seq = bytes.fromhex(manifest.chain_before), manifest.first_seq - 1
     for messages in read_messages(stretch):
         for message in messages:
             if message.seq != seq + 1:
-                raise ArchiveDamaged(f"{stretch.folder} holds {message.seq} but not {seq + 1}")
+                raise ArchiveDamaged(f"{stretch.where} holds {message.seq} but not {seq + 1}")
             chain, seq = chained(chain, message), message.seq
     if (seq, chain.hex()) != (manifest.last_seq, manifest.chain_after):
         raise ArchiveDamaged(
-            f"{stretch.folder} ends at {seq} with chain {chain.hex()}, expected {manifest.last_seq} and"
+            f"{stretch.where} ends at {seq} with chain {chain.hex()}, expected {manifest.last_seq} and"
             f" {manifest.chain_after}"
         )
 
 
-def _verify_file(path: Path, expected: ArchivedFile) -> None:
-    try:
-        found = path.stat().st_size, digest_of(path)
-    except OSError as error:
-        raise ArchiveDamaged(f"{path} cannot be read: {error}") from error
+def _verify_file(stretch: Stretch, file: str, expected: ArchivedFile) -> None:
+    data = stretch.read(file)
+    found = len(data), digest_of(data)
     if found != (expected.size, expected.sha256):
         raise ArchiveDamaged(
-            f"{path}: expected {expected.size} bytes of SHA-256 {expected.sha256}, found {found[0]} of {found[1]}"
+            f"{stretch.where}/{file}: expected {expected.size} bytes of SHA-256 {expected.sha256},"
+            f" found {found[0]} of {found[1]}"
         )
 
 
-def digest_of(path: Path) -> str:
-    """The SHA-256 of a file, in hex. Raises OSError."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(_HASH_BYTES):
-            found.update(part)
-    return found.hexdigest()
+def digest_of(data: Any) -> str:
+    """The SHA-256 of a buffer, in hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def chain_at_end(stretches: Sequence[Stretch]) -> bytes:

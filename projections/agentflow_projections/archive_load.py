@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
+from pathlib import Path
 
 from agentflow.domain.snapshot import SnapshotUnreadable
+from agentflow.errors import OperatingError
 from agentflow.log.port import Identity
 from agentflow.logs import get_logger
 from agentflow_projections.archive import Archive, ArchiveDamaged, Stretch, read_state
@@ -26,20 +28,44 @@ def load(archive: Archive, database: Database, identity: Identity, kept: StateFi
     Raises ArchiveDamaged, DatabaseFull and other errors of the file.
     """
     assert database.checkpoint() is None, "only an empty database is filled"
-    stretches = _loadable(archive.stretches())
-    if not stretches:
+    stretches = archive.stretches()
+    while (loadable := _loadable(stretches)) and not _fill(database, loadable, identity):
+        before, stretches = stretches, archive.stretches()
+        if before == stretches:
+            raise ArchiveDamaged(f"{archive.where}: files of it are missing")
+    if not loadable:
         return 0
-    end = stretches[-1]
+    end = loadable[-1]
+    if kept is not None and end.place in archive.states():
+        _keep_state(end, identity, kept)
+    _log.info("loaded from the archive", where=archive.where, seq=end.last_seq)
+    return end.last_seq
+
+
+def _fill(database: Database, stretches: Sequence[Stretch], identity: Identity) -> bool:
+    """Load all of them, or nothing; False if some are gone: larger ones have taken their place."""
+    end, names = stretches[-1], [(table, each) for each in stretches for table in each.manifest.files]
     checkpoint = Checkpoint(
         identity.name, identity.created_ns, stretches[0].manifest.first_seq, end.last_seq, end.chain
     )
-    tables = sorted({name for each in stretches for name in each.manifest.files})
-    files = {name: [each.file(name) for each in stretches if name in each.manifest.files] for name in tables}
-    database.load(files, checkpoint, at_ms=end.manifest.last_ns // 1_000_000)
-    if kept is not None and end.has_state:
-        _keep_state(end, identity, kept)
-    _log.info("loaded from the archive", folder=str(archive.folder), seq=end.last_seq)
-    return end.last_seq
+    try:
+        with end.store.files([each.name(table) for table, each in names]) as paths:
+            files: dict[str, list[Path]] = {}
+            for (table, _), path in zip(names, paths, strict=True):
+                files.setdefault(table, []).append(path)
+            return _load(database, files, checkpoint, at_ms=end.manifest.last_ns // 1_000_000)
+    except FileNotFoundError:
+        return False
+
+
+def _load(database: Database, files: Mapping[str, Sequence[Path]], to: Checkpoint, *, at_ms: int) -> bool:
+    try:
+        database.load(files, to, at_ms=at_ms)
+    except OperatingError:
+        if all(path.exists() for paths in files.values() for path in paths):
+            raise
+        return False
+    return True
 
 
 def _loadable(stretches: Sequence[Stretch]) -> list[Stretch]:
@@ -54,6 +80,6 @@ def _keep_state(end: Stretch, identity: Identity, kept: StateFile) -> None:
     try:
         state = read_state(end)
     except (SnapshotUnreadable, ArchiveDamaged) as error:
-        _log.warning("an archived state cannot be used", folder=str(end.folder), reason=str(error))
+        _log.warning("an archived state cannot be used", where=end.where, reason=str(error))
         return
     kept.write(kept.prepare(state, (identity.name, identity.created_ns), end.chain))

@@ -1,14 +1,11 @@
-"""Sealing a stretch of the log: rows pile up, and become a folder of the archive, whole or not at all."""
+"""Sealing a stretch of the log: rows pile up, and become part of the archive, whole or not at all."""
 
 from __future__ import annotations
 
-import os
-import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -22,14 +19,15 @@ from agentflow_projections.archive import (
     FRAMES,
     MANIFEST,
     STATE,
-    UNFINISHED,
     Archive,
     ArchivedFile,
     Manifest,
     Stretch,
+    chain_at_end,
     digest_of,
     verify,
 )
+from agentflow_projections.archive_store import UNFINISHED, ArchiveLocked
 from agentflow_projections.chain import chained
 from agentflow_projections.columns import Columns
 from agentflow_projections.database import _arrow_schemas, sql
@@ -81,30 +79,45 @@ class Pile:
 def seal(
     archive: Archive, pile: Pile, identity: tuple[str, int], level: int, point: Point = lambda _: None
 ) -> Stretch:
-    """Write a pile as the archive's next stretch, read it back, and only then give it its name.
+    """Write a pile as the archive's next stretch, read it back, and only then say that it is there.
 
-    Raises ArchiveDamaged if what was read is not what was written; OSError. The archive is then as it was.
+    Raises ArchiveDamaged if what was read is not what was written, ArchiveLocked if somebody else
+    has sealed it meanwhile; ArchiveUnreachable, OSError. The archive is then as it was.
     """
     assert pile.first is not None, "nothing to seal"
     assert pile.last is not None, "nothing to seal"
-    day = datetime.fromtimestamp(pile.first.time_ns / 1e9, UTC).strftime("%Y-%m-%d")
-    name = f"{pile.first.seq:020}-{pile.last.seq:020}"
-    folder = archive.folder / day / name
-    fresh = folder.with_name(name + UNFINISHED)
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    place = place_of(pile.first.seq, pile.last.seq, pile.first.time_ns)
     point("write")
-    files = {table: _write(fresh / f"{table}.parquet", rows) for table, rows in pile.tables().items()}
-    stretch = Stretch(fresh, _manifest(archive.namespace, pile, identity, level, files))
-    _put(fresh / MANIFEST, msgspec.json.format(msgspec.json.encode(stretch.manifest), indent=1) + b"\n")
+    files = {table: write(archive, place, table, rows) for table, rows in pile.tables().items()}
+    stretch = Stretch(archive.store, place, _manifest(archive.namespace, pile, identity, level, files))
     point("verify")
     verify(stretch)
-    _sync(fresh)
-    point("rename")
-    fresh.rename(folder)
-    _sync(folder.parent)
-    _sync(archive.folder)
-    return Stretch(folder, stretch.manifest)
+    _check_alone(archive, pile)
+    point("seal")
+    put_manifest(stretch)
+    return stretch
+
+
+def place_of(first_seq: int, last_seq: int, first_ns: int) -> str:
+    """Where in the archive a stretch belongs."""
+    day = datetime.fromtimestamp(first_ns / 1e9, UTC).strftime("%Y-%m-%d")
+    return f"{day}/{first_seq:020}-{last_seq:020}"
+
+
+def _check_alone(archive: Archive, pile: Pile) -> None:
+    """In a bucket nothing keeps a second archiver away, so each looks before it seals."""
+    stretches = archive.stretches()
+    end = chain_at_end(stretches) if stretches else pile.chain_before
+    if end != pile.chain_before:
+        raise ArchiveLocked(
+            f"another archiver works in {archive.where}, and has sealed up to {stretches[-1].last_seq}: one is enough"
+        )
+
+
+def put_manifest(stretch: Stretch) -> None:
+    """Let what was written count."""
+    text = msgspec.json.format(msgspec.json.encode(stretch.manifest), indent=1) + b"\n"
+    stretch.store.put(f"{stretch.place}/{MANIFEST}", text)
 
 
 def _manifest(
@@ -132,7 +145,8 @@ def _manifest(
     )
 
 
-def _write(path: Path, table: Any) -> ArchivedFile:
+def write(archive: Archive, place: str, name: str, table: Any) -> ArchivedFile:
+    """Write rows as a file of a stretch."""
     encodings, dictionaries = _encodings(table.schema)
     options: dict[str, Any] = {
         "row_group_size": max(table.num_rows, 1),
@@ -141,11 +155,13 @@ def _write(path: Path, table: Any) -> ArchivedFile:
         "use_dictionary": dictionaries,
         "column_encoding": encodings,
         "data_page_size": _PAGE_BYTES,
-        "write_statistics": ["seq"] if path.stem == FRAMES else False,
+        "write_statistics": ["seq"] if name == FRAMES else False,
     }
-    pq.write_table(table, path, **options)
-    _sync(path)
-    return ArchivedFile(table.num_rows, path.stat().st_size, digest_of(path))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    data = sink.getvalue()
+    archive.store.put(f"{place}/{name}.parquet", data)
+    return ArchivedFile(table.num_rows, data.size, digest_of(data))
 
 
 def _encodings(schema: Any) -> tuple[dict[str, str], list[str]]:
@@ -168,40 +184,39 @@ def archived_schema() -> int:
 def keep_state(archive: Archive, stretch: Stretch, data: bytes, *, keep: int = 2) -> None:
     """Put the state of the fold beside its stretch; of those before it, `keep` minus one stay.
 
-    Raises OSError.
+    Raises ArchiveUnreachable, OSError.
     """
-    path = stretch.folder / STATE
-    fresh = path.with_name(STATE + UNFINISHED)
     sink = pa.BufferOutputStream()
     with pa.output_stream(sink, compression="zstd") as packed:
         packed.write(data)
-    _put(fresh, hash_of(data).encode() + b"\n" + sink.getvalue().to_pybytes())
-    fresh.rename(path)
-    _sync(stretch.folder)
-    kept = [each for each in archive.stretches() if each.has_state]
-    for each in kept[:-keep]:
-        (each.folder / STATE).unlink(missing_ok=True)
+    text = hash_of(data).encode() + b"\n" + sink.getvalue().to_pybytes()
+    archive.store.put(f"{stretch.place}/{STATE}", text)
+    for place in sorted(archive.states())[:-keep]:
+        archive.store.remove(f"{place}/{STATE}")
 
 
 def remove_unfinished(archive: Archive) -> None:
-    """Remove what somebody left who was interrupted."""
-    for path in archive.folder.glob(f"*/*{UNFINISHED}"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in archive.folder.glob(f"*/*/*{UNFINISHED}"):
-        path.unlink(missing_ok=True)
+    """Remove what somebody left who was interrupted, as far as the archive has grown over it.
+
+    What lies beyond its end may be in somebody's hands just now. Raises ArchiveUnreachable, OSError.
+    """
+    way = {each.place: each for each in archive.stretches()}
+    end = max((each.last_seq for each in way.values()), default=0)
+    for place, files in archive.places().items():
+        if place not in way and 0 < _last_seq(place) <= end:
+            remove_stretch(archive, place)
+        for file in files:
+            if place in way and file.endswith(UNFINISHED):
+                archive.store.remove(f"{place}/{file}")
 
 
-def _put(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _last_seq(place: str) -> int:
+    """Where a stretch ends by its name; 0: it is none of ours."""
+    tail = place.rpartition("-")[2]
+    return int(tail) if tail.isascii() and tail.isdigit() else 0
 
 
-def _sync(path: Path) -> None:
-    """Make a file, or what a folder lists, outlast a loss of power."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+def remove_stretch(archive: Archive, place: str) -> None:
+    """Remove a stretch, first what makes it count."""
+    archive.store.remove(f"{place}/{MANIFEST}")
+    archive.store.remove_all(place)

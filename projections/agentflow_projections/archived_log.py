@@ -23,20 +23,20 @@ from agentflow_projections.chain import START, chained
 class ArchivedLog:
     """See `agentflow.log.port.Log`. What the live log lost by trimming is read from the archive.
 
-        async with ArchivedLog(log, Path("/var/lib/agentflow/archive")) as whole:
+        async with ArchivedLog(log, "/var/lib/agentflow/archive") as whole:
             async for messages in whole.follow(0): ...
 
     Entering raises LogGone if archive and log do not belong together, ArchiveDamaged. The log
     is the caller's to close.
     """
 
-    def __init__(self, log: Log, folder: Path) -> None:
+    def __init__(self, log: Log, where: str | Path) -> None:
         self._log = log
-        self._archive = Archive(folder, log.namespace)
+        self._archive = Archive(where, log.namespace)
         self._stretches: list[Stretch] = []
 
     async def __aenter__(self) -> Self:
-        self._stretches = self._archive.stretches()
+        await self._look()
         await check_seam(self._stretches, self._log)
         return self
 
@@ -90,18 +90,17 @@ class ArchivedLog:
 
     async def find(self, msg_id: str, *, after: int) -> int | None:
         """Sequence of the message stored under `msg_id` after sequence `after`, or None."""
-        for messages in self._archive.messages(after):
+        async for messages in in_thread(self._archive.messages(after)):
             for message in messages:
                 if msg_id_of(message) == msg_id:
                     return message.seq
-            await asyncio.sleep(0)
         return await self._log.find(msg_id, after=max(after, self.archived_seq))
 
     async def read(self, seq: int) -> Message | None:
         """The message at `seq`, or None if it is not there."""
         if seq > self.archived_seq:
             return await self._log.read(seq)
-        found = next(self._archive.messages(seq - 1, seq), None)
+        found = await asyncio.to_thread(next, self._archive.messages(seq - 1, seq), None)
         return found[0] if found else None
 
     async def last(self, subject: str) -> Message | None:
@@ -110,10 +109,11 @@ class ArchivedLog:
         if found is not None:
             return found
         for stretch in reversed(self._stretches):
-            matching = [each for some in read_messages(stretch) for each in some if each.subject == subject]
-            if matching:
-                return matching[-1]
-            await asyncio.sleep(0)
+            begin, end = stretch.manifest.first_seq - 1, stretch.last_seq
+            async for messages in in_thread(self._archive.messages(begin, end)):
+                found = next((each for each in reversed(messages) if each.subject == subject), found)
+            if found is not None:
+                return found
         return None
 
     async def follow(
@@ -122,12 +122,12 @@ class ArchivedLog:
         """Everything after sequence `after`, from the archive and then from the live log; see the port."""
         patterns = tuple(subjects)
         while True:
-            for messages in self._archived(after):
+            await self._look()
+            async for messages in in_thread(self._archive.messages(after)):
                 after = messages[-1].seq
                 wanted = [each for each in messages if not patterns or matches_any(patterns, each.subject)]
                 if wanted:
                     yield wanted
-                await asyncio.sleep(0)
             try:
                 following = cast(
                     "AsyncGenerator[list[Message], None]", self._log.follow(after, subjects=subjects)
@@ -138,16 +138,18 @@ class ArchivedLog:
                         yield messages
             except LogTrimmed:
                 # Trimmed while we read, so archived further.
-                if self.archived_seq <= after and not self._has_grown(after):
+                await self._look()
+                if self.archived_seq <= after:
                     raise
 
-    def _archived(self, after: int) -> Iterator[list[Message]]:
-        self._stretches = self._archive.stretches()
-        return self._archive.messages(after)
+    async def _look(self) -> None:
+        self._stretches = await asyncio.to_thread(self._archive.stretches)
 
-    def _has_grown(self, after: int) -> bool:
-        self._stretches = self._archive.stretches()
-        return self.archived_seq > after
+
+async def in_thread(reading: Iterator[list[Message]]) -> AsyncGenerator[list[Message], None]:
+    """What is read from a disk or over a network, while others go on."""
+    while (messages := await asyncio.to_thread(next, reading, None)) is not None:
+        yield messages
 
 
 async def check_seam(stretches: Sequence[Stretch], log: Log) -> None:
@@ -160,7 +162,7 @@ async def check_seam(stretches: Sequence[Stretch], log: Log) -> None:
     if not stretches:
         return
     end, found = stretches[-1], await log.identity()
-    where = f"{end.folder} ends at {end.last_seq}"
+    where = f"{end.where} ends at {end.last_seq}"
     if found.last_seq < end.last_seq:
         raise LogGone(
             f"{where}, but stream {found.name} ends at {found.last_seq}: it is another log, or went back"
@@ -171,7 +173,9 @@ async def check_seam(stretches: Sequence[Stretch], log: Log) -> None:
         )
     if found.first_seq <= end.last_seq:
         live = await log.read(end.last_seq)
-        if live is None or chained(START, live) != chained(START, _last_message(end)):
+        if live is None or chained(START, live) != chained(
+            START, await asyncio.to_thread(_last_message, end)
+        ):
             raise LogGone(
                 f"{where} with another message than stream {found.name} holds there: it is another log"
             )

@@ -9,12 +9,10 @@ goes on from the last stretch that has its name; what it had not sealed is still
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Final, Self, cast
@@ -24,7 +22,6 @@ from msgspec import Struct
 from agentflow.domain.fold import fold
 from agentflow.domain.snapshot import hash_of, restore, snapshot
 from agentflow.domain.state import Namespace
-from agentflow.errors import OperatingError
 from agentflow.events import ObjectRef
 from agentflow.frames import judge
 from agentflow.limits import LEVEL
@@ -40,8 +37,9 @@ from agentflow_projections.archive import (
     read_messages,
     verify,
 )
+from agentflow_projections.archive_compact import groups, merge
 from agentflow_projections.archive_writer import Pile, Point, keep_state, remove_unfinished, seal
-from agentflow_projections.archived_log import check_seam
+from agentflow_projections.archived_log import check_seam, in_thread
 from agentflow_projections.chain import START
 from agentflow_projections.rows import Recorder
 from agentflow_projections.trimmed import fetch_snapshot, needed
@@ -54,10 +52,6 @@ Progress = Callable[[int], None]
 """Told how far the log is read."""
 
 _log = get_logger(__name__)
-
-
-class ArchiveLocked(OperatingError):
-    """Another archiver works in the same folder."""
 
 
 class Keep(Struct, frozen=True):
@@ -114,21 +108,21 @@ class Archiver:
         self._piled_at = 0.0
         self._stated_at = 0.0
         self._looked_at = 0.0
-        self._lock = -1
+        self._held = ExitStack()
+        self._left: set[str] = set()
+        """Stretches that stay small: they cannot be read."""
 
     async def __aenter__(self) -> Self:
-        self._acquire()
-        try:
+        with ExitStack() as held:
+            held.enter_context(self._archive.store.locked())
             await self._open()
-        except BaseException:
-            self._release()
-            raise
+            self._held = held.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
+        self._held.close()
 
     @property
     def seq(self) -> int:
@@ -152,24 +146,9 @@ class Archiver:
 
     # Opening -----------------------------------------------------------------------------
 
-    def _acquire(self) -> None:
-        self._archive.folder.mkdir(parents=True, exist_ok=True)
-        path = self._archive.folder / "lock"
-        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._release()
-            raise ArchiveLocked(f"another archiver works in {self._archive.folder}: one is enough") from error
-
-    def _release(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
     async def _open(self) -> None:
-        remove_unfinished(self._archive)
-        self._stretches = self._archive.stretches()
+        await asyncio.to_thread(remove_unfinished, self._archive)
+        self._stretches = await asyncio.to_thread(self._archive.stretches)
         await check_seam(self._stretches, self._log)
         identity = await self._log.identity()
         self._identity = (identity.name, identity.created_ns)
@@ -182,8 +161,9 @@ class Archiver:
 
     async def _take_up(self) -> None:
         """Go on from what is archived."""
-        state = self._archive.state(self._stretches) or Namespace(self._log.namespace)
-        for messages in self._archive.messages(state.seq):
+        kept = await asyncio.to_thread(self._archive.state, self._stretches)
+        state = kept or Namespace(self._log.namespace)
+        async for messages in in_thread(self._archive.messages(state.seq)):
             for message in messages:
                 fold(
                     state,
@@ -192,11 +172,8 @@ class Archiver:
                     judge(message.subject, message.data, message.headers),
                 )
                 state.ended.clear()
-            await asyncio.sleep(0)
         if state.seq != self.sealed_seq:
-            raise ArchiveDamaged(
-                f"{self._archive.folder} folds up to {state.seq}, expected {self.sealed_seq}"
-            )
+            raise ArchiveDamaged(f"{self._archive.where} folds up to {state.seq}, expected {self.sealed_seq}")
         self._recorder = Recorder(state)
         self._pile = Pile(chain_at_end(self._stretches))
 
@@ -224,6 +201,7 @@ class Archiver:
             await self._follow(until, progress)
         await self.seal()
         await self.trim()
+        await self.compact()
 
     async def _follow(self, until: int | None, progress: Progress | None) -> None:
         following = cast("AsyncGenerator[list[Message], None]", self._log.follow(self.seq))
@@ -279,12 +257,30 @@ class Archiver:
             min(self._piled_at + self._sealing.after_s - self._clock(), self._sealing.state_every_s), 0.01
         )
 
+    async def compact(self) -> None:
+        """Make the small stretches of days that are over large ones.
+
+        Those that cannot be read stay as they are, and that is said once. Raises ArchiveUnreachable, OSError.
+        """
+        today = self._stretches[-1].day if self._stretches else ""
+        past = [each for each in self._stretches if each.day < today and each.place not in self._left]
+        sealing = self._sealing
+        for group in groups(past, events=sealing.events, size=sealing.bytes):
+            try:
+                merged = await asyncio.to_thread(merge, self._archive, group, self._point)
+                _log.info("made one", where=merged.where, stretches=len(group))
+            except ArchiveDamaged as error:
+                self._left |= {each.place for each in group}
+                _log.warning("stretches cannot be made one", where=group[0].where, error=str(error))
+            self._stretches = await asyncio.to_thread(self._archive.stretches)
+
     async def _keep_house(self) -> None:
         if self._pile.first is not None and self._clock() - self._piled_at >= self._sealing.after_s:
             await self.seal()
         if self._clock() - self._looked_at >= self._sealing.state_every_s:
             self._looked_at = self._clock()
             await self.trim()
+            await self.compact()
 
     # Sealing -----------------------------------------------------------------------------
 
@@ -299,7 +295,7 @@ class Archiver:
         self._stretches.append(sealed)
         self._pile = Pile(sealed.chain)
         manifest = sealed.manifest
-        _log.info("sealed", folder=str(sealed.folder), messages=manifest.messages, events=manifest.events)
+        _log.info("sealed", where=sealed.where, messages=manifest.messages, events=manifest.events)
         if self._clock() - self._stated_at >= self._sealing.state_every_s:
             self._point("state")
             await asyncio.to_thread(keep_state, self._archive, sealed, snapshot(self.state))

@@ -6,11 +6,14 @@ import asyncio
 import json
 import os
 import random
+import signal
 import sys
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 
 from agentflow import Needs, Workflow, wire
 from agentflow.bus import Bus
@@ -21,14 +24,18 @@ from agentflow_nodes.archiver.node import ArchiverConfig, ArchiverNode, archiver
 from agentflow_nodes.cli.errors import Exit
 from agentflow_nodes.projector.config import ProjectorConfig
 from agentflow_nodes.projector.node import ProjectorNode
-from agentflow_projections.archive import UNFINISHED, Archive, verify
+from agentflow_projections.archive import Archive, verify
+from agentflow_projections.archive_store import UNFINISHED
+from agentflow_projections.archive_writer import remove_unfinished
 from agentflow_projections.archived_log import ArchivedLog
 from agentflow_projections.archiver import Keep, Sealing
 from tests.app import add, size_of, text_of, wait_for_file
 from tests.cluster import Cluster
 from tests.eventually import eventually
+from tests.faultproxy import FaultProxy
 from tests.integration.test_backup import read_all
-from tests.servers import NatsServer
+from tests.s3 import S3Server
+from tests.servers import NatsServer, free_port
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -48,13 +55,13 @@ class Ran:
         return json.loads(self.out)
 
 
-async def agentflow(url: str, *arguments: str) -> Ran:
+async def agentflow(url: str, *arguments: str, env: Mapping[str, str] | None = None) -> Ran:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "agentflow_nodes", *arguments),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "AGENTFLOW_NATS_URL": url},
+        env={**os.environ, "AGENTFLOW_NATS_URL": url, **(env or {})},
     )
     out, err = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode is not None
@@ -110,39 +117,131 @@ async def test_what_is_not_understood_is_told(arguments: list[str], said: str, t
     assert said in ran.err
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def s3() -> AsyncIterator[S3Server]:
+    async with S3Server() as server:
+        yield server
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(
+    request: pytest.FixtureRequest, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """Where an archive may be: a folder, or a bucket over HTTP."""
+    if request.param == "folder":
+        return str(tmp_path / "archive")
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3.bucket}/{tmp_path.name}"
+
+
 async def _until_more_is_sealed(archive: Archive) -> None:
     sealed = len(archive.stretches())
     await eventually(lambda: len(archive.stretches()) > sealed)
 
 
 async def test_an_archiver_that_is_killed_again_and_again_loses_nothing(
-    nats_server: NatsServer, bus: Bus, tmp_path: Path
+    nats_server: NatsServer, bus: Bus, place: str
 ) -> None:
-    archive = Archive(tmp_path, "default")
-    arguments = ("archive", "--dir", str(tmp_path), "--seal-after", "0.05s")
+    archive = Archive(place, "default")
+    arguments = ("archive", "--dir", place, "--seal-after", "0.05s")
     chance = random.Random(1)
     async with Cluster(nats_server) as cluster, JetStreamLog(bus, "default") as log:
-        for round_ in range(6):
+        for round_ in range(3):
             await submit(log, round_ * 1_000, 200)
             archiver = await cluster.process(*arguments)
             await submit(log, round_ * 1_000 + 200, 200)
             await _until_more_is_sealed(archive)
             await submit(log, round_ * 1_000 + 400, chance.randrange(5, 100, 5))
             await archiver.kill()
-        ran = await agentflow(nats_server.url, *arguments, "--once", "--json")
+        ran = await agentflow(nats_server.url, *arguments, "--once", "--keep-age", "0s", "--json")
         assert ran.status == 0, ran.err
         messages = await read_all(log)
         assert [each for some in archive.messages() for each in some] == messages
         for stretch in archive.stretches():
             verify(stretch)
-    assert not list(tmp_path.rglob(f"*{UNFINISHED}"))
+        ran = await agentflow(nats_server.url, "replay", "--archive", place, "--json")
+        assert (ran.status, ran.json["first_seq"]) == (0, 1), ran.err
+    ran = await agentflow("nats://127.0.0.1:1", "archive", "--verify", "--dir", place, "--json")
+    assert (ran.status, ran.json["last_seq"]) == (0, messages[-1].seq), ran.err
+    await asyncio.to_thread(remove_unfinished, archive)
+    places = {each.place for each in archive.stretches()}
+    assert set(archive.places()) >= places
+    assert not [name for name in archive.store.names() if name.endswith(UNFINISHED)]
+
+
+async def test_a_store_that_is_away_is_waited_for(
+    nats_server: NatsServer,
+    bus: Bus,
+    s3: S3Server,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    where = f"s3://{s3.bucket}/away"
+    monkeypatch.setattr("agentflow_nodes.archiver.node._AGAIN_S", 0.1)
+
+    async def until_said() -> None:
+        caplog.clear()
+        await eventually(lambda: "archiving is tried again" in caplog.text)
+
+    for name, value in s3.environment().items():
+        monkeypatch.setenv(name, value)
+    archive = Archive(where, "default")
+    async with FaultProxy(s3.port) as proxy, JetStreamLog(bus, "default") as log:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        proxy.refuse()
+        await submit(log, 0, 100)
+        ran = await agentflow(nats_server.url, "archive", "--once", "--dir", where)
+        assert (ran.status, "cannot be reached" in ran.err) == (Exit.OPERATING, True), ran.err
+        config = ArchiverConfig(where=where, url=nats_server.url, sealing=Sealing(after_s=0.05))
+        node = ArchiverNode(config)
+        entering = asyncio.create_task(node.__aenter__())
+        await until_said()
+        proxy.heal()
+        await asyncio.wait_for(entering, 30)
+        await eventually(lambda: [each.last_seq for each in archive.stretches()][-1:] == [20])
+        proxy.refuse()
+        await submit(log, 100, 100)
+        await until_said()
+        proxy.heal()
+        await eventually(lambda: archive.stretches()[-1].last_seq == 40)
+        await node.__aexit__(None, None, None)
+
+
+async def test_everything_on_one_machine_archives_too(s3: S3Server, tmp_path: Path) -> None:
+    port, where = free_port(), f"s3://{s3.bucket}/up"
+    options = ("--archive", where, "--seal-after", "0.1s", "--keep-age", "1d")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-m", "agentflow_nodes", "up", "--json", "--port", str(port), "--data-dir", str(tmp_path / "data")),
+        *options,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, **s3.environment()},
+    )
+    try:
+        assert process.stdout is not None
+        assert json.loads(await asyncio.wait_for(process.stdout.readline(), 60))["ready"] is True
+        url = f"nats://127.0.0.1:{port}"
+        ran = await agentflow(url, "submit", "--shell", "echo done", "--wait")
+        assert ran.status == 0, ran.err
+        verifying = ("archive", "--verify", "--dir", where)
+
+        async def archived() -> bool:
+            return (await agentflow(url, *verifying, env=s3.environment())).status == 0
+
+        await eventually(archived, within_s=30)
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 60) == 0
+    log_text = (tmp_path / "data" / "log" / "archiver.log").read_text()
+    assert "error" not in log_text.lower(), log_text
 
 
 async def test_the_daemon_trims_while_a_cluster_works(
     nats_server: NatsServer, bus: Bus, tmp_path: Path
 ) -> None:
     config = ArchiverConfig(
-        folder=tmp_path,
+        where=tmp_path,
         url=nats_server.url,
         keep=Keep(age_s=0.5, young_s=0.2),
         sealing=Sealing(events=50, after_s=0.1, state_every_s=0.2),
@@ -186,7 +285,7 @@ async def test_open_work_outlives_the_messages_it_came_with(
     nats_server: NatsServer, bus: Bus, tmp_path: Path
 ) -> None:
     large = "x" * 3_000  # the fold keeps its position only
-    config = ArchiverConfig(folder=tmp_path, url=nats_server.url, keep=Keep(age_s=0, young_s=0))
+    config = ArchiverConfig(where=tmp_path, url=nats_server.url, keep=Keep(age_s=0, young_s=0))
     async with Cluster(nats_server) as cluster, JetStreamLog(bus, "default") as log:
 
         async def trim() -> None:
@@ -221,7 +320,7 @@ async def test_open_work_outlives_the_messages_it_came_with(
 async def test_the_archiver_outlives_the_server(nats_server: NatsServer, bus: Bus, tmp_path: Path) -> None:
     archive = Archive(tmp_path, "default")
     config = ArchiverConfig(
-        folder=tmp_path,
+        where=tmp_path,
         url=nats_server.url,
         keep=Keep(age_s=0, young_s=0),
         sealing=Sealing(after_s=0.05, state_every_s=0.05),
@@ -250,7 +349,7 @@ async def test_the_archiver_outlives_the_server(nats_server: NatsServer, bus: Bu
 async def test_a_replay_reads_archive_and_log_as_one(
     nats_server: NatsServer, bus: Bus, tmp_path: Path
 ) -> None:
-    config = ArchiverConfig(folder=tmp_path, url=nats_server.url, keep=Keep(age_s=0, young_s=0))
+    config = ArchiverConfig(where=tmp_path, url=nats_server.url, keep=Keep(age_s=0, young_s=0))
     async with JetStreamLog(bus, "default") as log:
         await submit(log, 0, 200)
         before = await agentflow(nats_server.url, "replay", "--json")
@@ -260,7 +359,7 @@ async def test_a_replay_reads_archive_and_log_as_one(
         assert (await log.identity()).first_seq == 31
         ran = await agentflow(nats_server.url, "replay", "--json")  # begins with the snapshot
         assert (ran.json["hash"], ran.json["messages"]) == (before.json["hash"], 10)
-        ran = await agentflow(nats_server.url, "replay", "--file", str(tmp_path), "--json")
+        ran = await agentflow(nats_server.url, "replay", "--archive", str(tmp_path), "--json")
         assert ran.status == 0, ran.err
         assert (ran.json["hash"], ran.json["first_seq"]) == (before.json["hash"], 1)
 

@@ -59,7 +59,7 @@ async def measure(tasks: int) -> dict[str, float]:
                 loaded_s = time.perf_counter() - begun
             return {
                 "archive_tasks": tasks,
-                "archive_bytes_per_event": _size(archive.folder) / writer.events,
+                "archive_bytes_per_event": _size(folder / "archive") / writer.events,
                 "archive_written_events_per_s": writer.events / archived_s,
                 "archive_events_per_s": writer.events / loaded_s,
                 "untrimmed_server_rss_mb": before,

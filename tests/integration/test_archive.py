@@ -19,12 +19,12 @@ from agentflow.frames import judge
 from agentflow.log.memory import MemoryLog, MemoryServer, MemoryStream
 from agentflow.log.port import Log, Message
 from agentflow.objects import MemoryObjectStore
-from agentflow_projections.archive import MANIFEST, STATE, UNFINISHED, Archive, ArchiveDamaged, verify
+from agentflow_projections.archive import MANIFEST, STATE, Archive, ArchiveDamaged, verify
 from agentflow_projections.archive_load import load
+from agentflow_projections.archive_store import UNFINISHED, ArchiveLocked
 from agentflow_projections.archive_writer import archived_schema
 from agentflow_projections.archived_log import ArchivedLog
 from agentflow_projections.archiver import (
-    ArchiveLocked,
     Archiver,
     Keep,
     Sealing,
@@ -150,7 +150,7 @@ async def test_stretches_end_with_the_day(tmp_path: Path) -> None:
     world = World(tmp_path, later)
     world.store(len(later))
     await world.run(sealing=Sealing())
-    found = [(each.folder.parent.name, each.manifest.first_seq) for each in world.archive.stretches()]
+    found = [(each.day, each.manifest.first_seq) for each in world.archive.stretches()]
     assert [first for _, first in found] == [1, 31]
     assert found[0][0] < found[1][0]
 
@@ -165,7 +165,7 @@ async def test_the_next_archiver_goes_on_where_the_last_one_ended(world: World) 
         assert state_hash(archiver.state) == state_hash(fold_of(world.messages[:200]))
 
 
-@pytest.mark.parametrize("point", ["write", "verify", "rename", "state", "snapshot", "trim"])
+@pytest.mark.parametrize("point", ["write", "verify", "seal", "state", "snapshot", "trim"])
 async def test_interrupted_at_any_point_nothing_is_lost(world: World, point: str) -> None:
     class Interrupted(BaseException):
         """Not an error anybody handles."""
@@ -311,7 +311,7 @@ async def test_one_archiver_works_in_a_folder(world: World) -> None:
 async def test_damage_is_found_before_anything_is_trimmed(world: World, damage: str) -> None:
     await world.run()
     victim = world.archive.stretches()[1]
-    frames = victim.file("frames")
+    frames = world.folder / NAMESPACE / victim.name("frames")
     data = bytearray(frames.read_bytes())
     if damage == "flip":
         data[len(data) // 2] ^= 1
@@ -321,9 +321,9 @@ async def test_damage_is_found_before_anything_is_trimmed(world: World, damage: 
     elif damage == "remove":
         frames.unlink()
     elif damage == "manifest":
-        (victim.folder / MANIFEST).write_text("{}")
+        (frames.parent / MANIFEST).write_text("{}")
     else:
-        shutil.rmtree(victim.folder)
+        shutil.rmtree(frames.parent)
     with pytest.raises(ArchiveDamaged, match="archive"):
         await world.run(keep=EVERYTHING_OLD)
     assert (await world.log.identity()).first_seq == 1
@@ -331,17 +331,15 @@ async def test_damage_is_found_before_anything_is_trimmed(world: World, damage: 
 
 async def test_a_kept_state_that_is_damaged_is_folded_anew(world: World) -> None:
     await world.run()
-    for stretch in world.archive.stretches():
-        if stretch.has_state:
-            (stretch.folder / STATE).write_bytes(b"nonsense")
+    for place in world.archive.states():
+        (world.folder / NAMESPACE / place / STATE).write_bytes(b"nonsense")
     async with world.archiver() as archiver:
         assert state_hash(archiver.state) == state_hash(fold_of(world.messages))
 
 
 async def test_only_the_latest_states_are_kept(world: World) -> None:
     await world.run()
-    kept = [each.has_state for each in world.archive.stretches()]
-    assert kept == [False] * (len(kept) - 2) + [True, True]
+    assert world.archive.states() == {each.place for each in world.archive.stretches()[-2:]}
 
 
 def rows_of(database: Database) -> dict[str, list[tuple[Any, ...]]]:
@@ -401,8 +399,9 @@ async def test_tables_of_another_release_are_not_loaded(world: World, tmp_path: 
     await world.run()
     first, second, *_ = world.archive.stretches()
     for stretch in (second, first):
-        text = (stretch.folder / MANIFEST).read_text()
-        (stretch.folder / MANIFEST).write_text(text.replace(f'"schema": {archived_schema()}', '"schema": 1'))
+        manifest = world.folder / NAMESPACE / stretch.place / MANIFEST
+        text = manifest.read_text()
+        manifest.write_text(text.replace(f'"schema": {archived_schema()}', '"schema": 1'))
         with Database(None, NAMESPACE) as database:
             expected = first.last_seq if stretch is second else 0
             assert load(world.archive, database, await world.log.identity()) == expected

@@ -13,7 +13,7 @@ from agentflow_nodes.master.sharing import Standing
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAGE: Final = (ROOT / "docs" / "operations.md").read_text()
-_SOURCES: Final = [*(ROOT / "core").rglob("*.py"), *(ROOT / "nodes").rglob("*.py")]
+_SOURCES: Final = [path for part in ("core", "nodes", "projections") for path in (ROOT / part).rglob("*.py")]
 CODE: Final = "\n".join(path.read_text() for path in _SOURCES)
 _SHOWN: Final = re.compile(r"`([^`]+)`")
 _COMMAND: Final = re.compile(r"(?:^    |`)agentflow ([\w-]+)([^`\n]*)", re.MULTILINE)

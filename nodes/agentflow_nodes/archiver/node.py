@@ -1,4 +1,4 @@
-"""The archiver node: one process, one namespace, one folder."""
+"""The archiver node: one process, one namespace, one archive."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from agentflow.log.jetstream import JetStreamLog
 from agentflow.logs import get_logger
 from agentflow.objects import ObjectStore
 from agentflow_projections.archive import Archive, ArchiveDamaged
-from agentflow_projections.archiver import ArchiveLocked, Archiver, Keep, Sealing
+from agentflow_projections.archive_store import ArchiveLocked
+from agentflow_projections.archiver import Archiver, Keep, Sealing
 
 _AGAIN_S: Final = 5.0
-"""After what may pass (no server, no room on the disk) it is tried again."""
+"""After what may pass (no server, no bucket, no room on the disk) it is tried again."""
 
 _log = get_logger(__name__)
 
@@ -28,8 +29,8 @@ _log = get_logger(__name__)
 class ArchiverConfig(Struct, frozen=True, kw_only=True):
     """Everything an archiver is told."""
 
-    folder: Path
-    """Where the archives of all namespaces are."""
+    where: str | Path
+    """The folder or s3://bucket/prefix of the archives of all namespaces."""
     url: str = "nats://127.0.0.1:4222"
     namespace: str = "default"
     keep: Keep = Keep()
@@ -97,5 +98,5 @@ class ArchiverNode:
 def archiver_of(config: ArchiverConfig, bus: Bus, log: JetStreamLog) -> Archiver:
     """The archiver of a configuration."""
     objects = ObjectStore(bus, config.namespace, replicas=log.replicas)
-    archive = Archive(config.folder, config.namespace)
+    archive = Archive(config.where, config.namespace)
     return Archiver(log, archive, objects, keep=config.keep, sealing=config.sealing)

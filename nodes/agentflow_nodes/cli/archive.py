@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +11,7 @@ from agentflow.bus import Bus
 from agentflow.log.jetstream import JetStreamLog
 from agentflow_nodes.archiver.node import ArchiverConfig, ArchiverNode, archiver_of
 from agentflow_nodes.cli.amounts import parse_age, parse_size, size_text
+from agentflow_nodes.cli.archiving import KeepAge, KeepBytes, SealAfter
 from agentflow_nodes.cli.daemon import Supervised, node_logs, serve
 from agentflow_nodes.cli.errors import usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats
@@ -23,9 +23,14 @@ from agentflow_projections.archiver import Keep, Sealing
 
 
 def archive_command(  # noqa: PLR0913, PLR0917 - options
-    folder: Annotated[
-        Path, typer.Option("--dir", metavar="DIR", help="Where the archive is, or will be.")
-    ] = Path(".agentflow/archive"),
+    where: Annotated[
+        str,
+        typer.Option(
+            "--dir",
+            metavar="DIR|S3",
+            help="Where the archive is, or will be: a folder, or s3://bucket/prefix.",
+        ),
+    ] = ".agentflow/archive",
     once: Annotated[
         bool, typer.Option("--once", help="Archive what is there now, trim as told, and end.")
     ] = False,
@@ -33,24 +38,9 @@ def archive_command(  # noqa: PLR0913, PLR0917 - options
         bool,
         typer.Option("--verify", help="Only read the whole archive against its hashes; needs no server."),
     ] = False,
-    keep_age: Annotated[
-        str,
-        typer.Option(
-            "--keep-age",
-            metavar="AGE",
-            help="Trim from the live log what is older: 12h, 7d. Never by default.",
-        ),
-    ] = "",
-    keep_bytes: Annotated[
-        str,
-        typer.Option(
-            "--keep-bytes", metavar="SIZE", help="Trim the oldest when the live log is larger: 500MB, 10GiB."
-        ),
-    ] = "",
-    seal_after: Annotated[
-        str,
-        typer.Option("--seal-after", metavar="AGE", help="How old what is not in the archive yet may get."),
-    ] = "1h",
+    keep_age: KeepAge = "",
+    keep_bytes: KeepBytes = "",
+    seal_after: SealAfter = "1h",
     nats: Nats = None,
     namespace: Namespace = "default",
     as_json: Json = False,
@@ -68,28 +58,34 @@ def archive_command(  # noqa: PLR0913, PLR0917 - options
         agentflow archive --once
         agentflow archive --dir /var/lib/agentflow/archive --keep-age 7d --keep-bytes 20GiB
         agentflow archive --dir /var/lib/agentflow/archive --verify
+        agentflow archive --dir s3://backups/agentflow --keep-age 7d
     """
-    where = target(nats, namespace)
+    cluster = target(nats, namespace)
     if check:
-        _verify(Archive(folder, where.namespace), as_json=as_json)
+        _verify(Archive(where, cluster.namespace), as_json=as_json)
         return
     config = ArchiverConfig(
-        folder=folder,
-        url=where.url,
-        namespace=where.namespace,
-        keep=Keep(
-            age_s=parse_age("--keep-age", keep_age) if keep_age else None,
-            bytes=parse_size("--keep-bytes", keep_bytes) if keep_bytes else None,
-        ),
+        where=where,
+        url=cluster.url,
+        namespace=cluster.namespace,
+        keep=parse_keep(keep_age, keep_bytes),
         sealing=Sealing(after_s=parse_age("--seal-after", seal_after)),
     )
     if once:
-        run(_once(config, where, as_json=as_json), logs=client_logs(debug=debug))
+        run(_once(config, cluster, as_json=as_json), logs=client_logs(debug=debug))
         return
-    told = {"node": "archiver", "url": where.url, "namespace": where.namespace, "dir": str(folder)}
-    text = f"Archiver is ready on {where.url}: namespace {where.namespace} in {folder}."
+    told = {"node": "archiver", "url": cluster.url, "namespace": cluster.namespace, "dir": where}
+    text = f"Archiver is ready on {cluster.url}: namespace {cluster.namespace} in {where}."
     node = ArchiverNode(config)
     run(serve(node, told, text, as_json=as_json, supervised=supervised), logs=node_logs(debug=debug))
+
+
+def parse_keep(age: str, size: str) -> Keep:
+    """What stays in the live log. Raises CliError."""
+    return Keep(
+        age_s=parse_age("--keep-age", age) if age else None,
+        bytes=parse_size("--keep-bytes", size) if size else None,
+    )
 
 
 async def _once(config: ArchiverConfig, where: Target, *, as_json: bool) -> None:
@@ -125,7 +121,7 @@ def _show(fresh: Sequence[Stretch], found: Sequence[Stretch], trimmed_seq: int, 
 def _told(stretch: Stretch) -> dict[str, Any]:
     manifest = stretch.manifest
     return {
-        "dir": str(stretch.folder),
+        "dir": stretch.where,
         "first_seq": manifest.first_seq,
         "last_seq": manifest.last_seq,
         "events": manifest.events,
@@ -144,7 +140,7 @@ def _table(stretches: Sequence[Stretch]) -> Any:
     for each in stretches:
         manifest, size = each.manifest, _stored(each)
         shown.add_row(
-            each.folder.parent.name,
+            each.day,
             f"{manifest.first_seq} to {manifest.last_seq}",
             f"{manifest.events}",
             size_text(size),
@@ -157,7 +153,7 @@ def _verify(archive: Archive, *, as_json: bool) -> None:
     stretches = archive.stretches()
     if not stretches:
         raise usage(
-            f"--dir: expected an archive of namespace {archive.namespace!r}, found none in {archive.folder}"
+            f"--dir: expected an archive of namespace {archive.namespace!r}, found none in {archive.where}"
         )
     with bar("Verifying") as tell:
         for number, stretch in enumerate(stretches, 1):

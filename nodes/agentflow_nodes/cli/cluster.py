@@ -1,8 +1,8 @@
-"""Everything on one machine: a NATS server, a master, workers and a projector, started and supervised.
+"""Everything on one machine: a NATS server, a master, workers, a projector, an archiver, started and supervised.
 
 All but the server are child processes of ours. A child that dies is started again after a
 growing pause. Leaving ends them in order: workers finish what they run, then the master, then
-the projector, which so has their last words, then the server. Their logs are in the data folder.
+the projector and the archiver, which so have their last words, then the server. Their logs are in the data folder.
 """
 
 from __future__ import annotations
@@ -50,6 +50,25 @@ _MB: Final = 1 << 20
 Tell = Callable[[str], None]
 
 
+class ArchiveConfig(Struct, frozen=True, kw_only=True):
+    """What the archiver is told, in the words of its options."""
+
+    where: str
+    keep_age: str = ""
+    keep_bytes: str = ""
+    seal_after: str = ""
+
+    def options(self) -> list[str]:
+        """As arguments of `agentflow archive`."""
+        given = {
+            "--dir": self.where,
+            "--keep-age": self.keep_age,
+            "--keep-bytes": self.keep_bytes,
+            "--seal-after": self.seal_after,
+        }
+        return [word for option, text in given.items() if text for word in (option, text)]
+
+
 class ClusterConfig(Struct, frozen=True, kw_only=True):
     """What to start."""
 
@@ -65,6 +84,8 @@ class ClusterConfig(Struct, frozen=True, kw_only=True):
     drain_s: float = 30.0
     projector: bool = True
     """Whether the history is kept in a DuckDB file."""
+    archive: ArchiveConfig | None = None
+    """Whether and where the log is archived."""
 
 
 class Cluster:
@@ -82,7 +103,8 @@ class Cluster:
         self._halted = asyncio.Event()
         self._workers: list[Child] = []
         self._master: Child | None = None
-        self._projector: Child | None = None
+        self._followers: list[Child] = []
+        """Those that follow the log for themselves: nobody waits for them."""
         self._keepers: list[asyncio.Task[None]] = []
         self._stack = AsyncExitStack()
 
@@ -104,8 +126,8 @@ class Cluster:
                 ) from error
             await keep_log(self.config.data_dir, self.urls, self.config.namespace)
             self._keepers = [asyncio.create_task(self._keep(child)) for child in self._needed()]
-            if self._projector is not None:
-                self._keepers.append(asyncio.create_task(self._begin_and_keep(self._projector)))
+            for child in self._followers:
+                self._keepers.append(asyncio.create_task(self._begin_and_keep(child)))
             self._keepers.append(asyncio.create_task(self._watch_disk(), name="disk"))
             self._stack = stack.pop_all()
         return self
@@ -150,7 +172,7 @@ class Cluster:
             child.kill()
 
     def _children(self) -> list[Child]:
-        return self._needed() + ([self._projector] if self._projector is not None else [])
+        return self._needed() + self._followers
 
     def _needed(self) -> list[Child]:
         """Those without which no task runs."""
@@ -168,17 +190,38 @@ class Cluster:
         config = self.config
         self.log_dir.mkdir(parents=True, exist_ok=True)
         assert self._server is not None
-        common = ["--nats", self.url, "--namespace", config.namespace, "--supervised"]
-        common += ["--replicas", str(len(self.urls))]
+        reached = ["--nats", self.url, "--namespace", config.namespace, "--supervised"]
+        common = [*reached, "--replicas", str(len(self.urls))]
         histories = ["--data", str(config.data_dir / "history")]
+        archive = config.archive
         self._master = self._child(
-            "master", ["master", "--log-bytes-max", str(self._server.max_store_bytes), *histories, *common]
+            "master",
+            [
+                *("master", "--name", "master", "--log-bytes-max", str(self._server.max_store_bytes)),
+                *histories,
+                *common,
+            ],
         )
         if config.projector:
-            self._projector = self._child("projector", ["projector", *histories, *common])
+            before = ["--archive", archive.where] if archive is not None else []
+            self._followers.append(
+                self._child("projector", ["projector", "--name", "projector", *histories, *before, *common])
+            )
+        if archive is not None:
+            self._followers.append(self._child("archiver", ["archive", *archive.options(), *reached]))
         cores, memory_mb = os.cpu_count() or 1, psutil.virtual_memory().total // _MB
         for number in range(1, config.workers + 1):
-            arguments = ["worker", *common, "--slots", str(config.slots), "--drain-s", str(config.drain_s)]
+            name = f"worker-{number}"
+            arguments = [
+                "worker",
+                "--name",
+                name,
+                *common,
+                "--slots",
+                str(config.slots),
+                "--drain-s",
+                str(config.drain_s),
+            ]
             arguments += [
                 "--cpu",
                 str(cores / config.workers),
@@ -188,10 +231,10 @@ class Cluster:
             if config.projector:
                 arguments += histories
             arguments += [word for app in config.apps for word in ("--app", app)]
-            self._workers.append(self._child(f"worker-{number}", arguments))
+            self._workers.append(self._child(name, arguments))
 
     def _child(self, name: str, arguments: Sequence[str]) -> Child:
-        argv = [sys.executable, "-m", "agentflow_nodes", *arguments, "--name", name]
+        argv = [sys.executable, "-m", "agentflow_nodes", *arguments]
         return Child(name, argv, self.log_dir / f"{name}.log")
 
     async def _wait_leader(self) -> None:
@@ -261,8 +304,7 @@ class Cluster:
         await asyncio.gather(*(worker.stop(patience_s) for worker in self._workers))
         if self._master is not None:
             await self._master.stop(_KILL_AFTER_S)
-        if self._projector is not None:
-            await self._projector.stop(_KILL_AFTER_S)
+        await asyncio.gather(*(child.stop(_KILL_AFTER_S) for child in self._followers))
         assert self._server is not None
         if self._halt is None and self._keepers and not self._server.gone.is_set():
             with contextlib.suppress(OperatingError, CliError):

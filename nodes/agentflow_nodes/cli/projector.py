@@ -26,9 +26,11 @@ def projector_command(  # noqa: PLR0913, PLR0917 - options
         ),
     ] = Path(".agentflow/history"),
     archive: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--archive", metavar="DIR", help="Where 'agentflow archive' keeps what was trimmed from the log."
+            "--archive",
+            metavar="DIR|S3",
+            help="Where 'agentflow archive' keeps what was trimmed from the log.",
         ),
     ] = None,
     name: Annotated[

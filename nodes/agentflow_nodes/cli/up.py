@@ -9,9 +9,11 @@ from typing import Annotated, Final
 
 import typer
 
-from agentflow_nodes.cli.cluster import Cluster, ClusterConfig
+from agentflow_nodes.cli.amounts import parse_age, parse_size
+from agentflow_nodes.cli.archiving import KeepAge, KeepBytes, SealAfter
+from agentflow_nodes.cli.cluster import ArchiveConfig, Cluster, ClusterConfig
 from agentflow_nodes.cli.daemon import Stop
-from agentflow_nodes.cli.errors import CliError, Exit
+from agentflow_nodes.cli.errors import CliError, Exit, usage
 from agentflow_nodes.cli.options import Debug, Json, Namespace, default_slots
 from agentflow_nodes.cli.output import console, plain, print_json, say
 from agentflow_nodes.cli.replicas import check_replicas
@@ -62,6 +64,17 @@ def up_command(  # noqa: PLR0913, PLR0917 - options
             "--projector/--no-projector", help="Keep the history in a DuckDB file, in the folder history."
         ),
     ] = True,
+    archive: Annotated[
+        str,
+        typer.Option(
+            "--archive",
+            metavar="DIR|S3",
+            help="Archive the log there: a folder, or s3://bucket/prefix. Not archived by default.",
+        ),
+    ] = "",
+    keep_age: KeepAge = "",
+    keep_bytes: KeepBytes = "",
+    seal_after: SealAfter = "1h",
     namespace: Namespace = "default",
     as_json: Json = False,
     debug: Debug = False,
@@ -69,7 +82,7 @@ def up_command(  # noqa: PLR0913, PLR0917 - options
     """Start NATS, a master, workers and a projector on this machine.
 
     Ctrl-C or SIGTERM ends all in order: workers finish what they run, then the master, then
-    the projector and the server. A second Ctrl-C ends everything at once. What was acknowledged is on disk and
+    the projector, the archiver if there is one, and the server. A second Ctrl-C ends everything at once. What was acknowledged is on disk and
     there again at the next start. With --replicas 3 three NATS servers run on the ports from
     --port on, and the work goes on while one of them is dead; they share this machine's disk.
 
@@ -78,6 +91,7 @@ def up_command(  # noqa: PLR0913, PLR0917 - options
         agentflow up
         agentflow up --workers 4 --app tasks.py
         agentflow up --replicas 3
+        agentflow up --archive .agentflow/archive --keep-age 7d
         agentflow up --port 0 --data-dir /var/lib/agentflow --json
     """
     where = target(None, namespace)
@@ -91,8 +105,23 @@ def up_command(  # noqa: PLR0913, PLR0917 - options
         apps=tuple(app or ()),
         drain_s=drain_s,
         projector=projector,
+        archive=_archive(archive, keep_age, keep_bytes, seal_after),
     )
     run(_up(config, as_json=as_json), logs="debug" if debug else "error")
+
+
+def _archive(where: str, keep_age: str, keep_bytes: str, seal_after: str) -> ArchiveConfig | None:
+    """What the archiver is told; what is wrong with it is told here, where people look. Raises CliError."""
+    if not where:
+        if keep_age or keep_bytes:
+            raise usage("--keep-age, --keep-bytes: expected --archive, too: only what is archived is trimmed")
+        return None
+    for option, text in (("--keep-age", keep_age), ("--seal-after", seal_after)):
+        if text:
+            parse_age(option, text)
+    if keep_bytes:
+        parse_size("--keep-bytes", keep_bytes)
+    return ArchiveConfig(where=where, keep_age=keep_age, keep_bytes=keep_bytes, seal_after=seal_after)
 
 
 async def _up(config: ClusterConfig, *, as_json: bool) -> None:

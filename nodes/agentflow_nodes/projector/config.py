@@ -24,8 +24,8 @@ class ProjectorConfig(Struct, frozen=True, kw_only=True):
     replicas: int = 1
     keep_events: int = KEEP_EVENTS
     """After so many events the state of the fold is kept anew."""
-    archive: Path | None = None
-    """The folder of the archives: what a log lost by trimming is read from there."""
+    archive: str | Path | None = None
+    """The folder or s3://bucket/prefix of the archives: what a log lost by trimming is read from there."""
     memory_mb: int = 1_024
     """What DuckDB may take for one file."""
 
