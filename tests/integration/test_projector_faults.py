@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -351,15 +350,21 @@ async def test_a_file_that_cannot_be_made_good_is_not_fought_over(
 ) -> None:
     """The pauses grow: no loop of crashes, whatever is wrong."""
     world.store(HALF)
-    begun: list[float] = []
+    monkeypatch.setattr(Database, "_check_schema", _broken)
+    pauses: list[float] = []
 
-    def broken(_: Database) -> None:
-        begun.append(time.monotonic())
-        raise DatabaseDamaged("bad disk")
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        await asyncio.sleep(0)
 
-    monkeypatch.setattr(Database, "_check_schema", broken)
-    async with following(world) as (_, running):
-        await eventually(lambda: len(begun) >= 10)
+    async with MemoryLog(world.server, NAMESPACE) as log:
+        projection = Projection(log, ProjectorConfig(data=world.path.parent), sleep=sleep)
+        running = asyncio.create_task(projection.run())
+        await eventually(lambda: len(pauses) >= 9)
         assert not running.done()
-    pauses = [after - before for before, after in zip(begun[1::2], begun[2::2], strict=False)]
-    assert all(pause >= _PAUSE_S * 2**number for number, pause in enumerate(pauses))
+        await end_tasks(running)
+    assert pauses[:9] == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+
+def _broken(_: Database) -> None:
+    raise DatabaseDamaged("bad disk")

@@ -9,6 +9,7 @@ does: which of the two is right is for people to decide.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 from agentflow.ending import end_tasks
@@ -37,7 +38,14 @@ _log = get_logger(__name__)
 class Projection:
     """A log and its file. `run` ends only with an error: LogGone, InvalidRequest, or a bug."""
 
-    def __init__(self, log: Log, config: ProjectorConfig, *, pause_s: float = PAUSE_S_FIRST) -> None:
+    def __init__(
+        self,
+        log: Log,
+        config: ProjectorConfig,
+        *,
+        pause_s: float = PAUSE_S_FIRST,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
         self.namespace: Final = log.namespace
         self.path: Final = history_path(config.data, log.namespace)
         self.opened: Final = asyncio.Event()
@@ -50,6 +58,7 @@ class Projection:
         self._log = log
         self._config = config
         self._pause_s_first = pause_s
+        self._sleep = sleep
         self._damage = ""
         self._moved = asyncio.Event()
 
@@ -74,7 +83,7 @@ class Projection:
                 self._note(error)
             if loop.time() - begun > _STABLE_S:
                 pause_s = self._pause_s_first
-            await asyncio.sleep(pause_s)
+            await self._sleep(pause_s)
             pause_s = min(2 * pause_s, PAUSE_S_MAX)
 
     def _note(self, error: OperatingError) -> None:
