@@ -181,7 +181,11 @@ async def walk(
     until: Until = TO_THE_END,
     progress: Progress | None = None,
 ) -> None:
-    """Hand over the messages after a state, one by one; `apply` folds them into it."""
+    """Hand over the messages after a state, one by one; `apply` folds them into it.
+
+    Not through `pipeline.spoken`, which the projector reads through: its queue costs a microsecond an
+    event, and since judging takes no more than that a second process saves nothing here.
+    """
     last = past.last_seq if until.seq is None else min(until.seq, past.last_seq)
     if state.seq >= last:
         return

@@ -178,7 +178,7 @@ async def project(
 async def verify(
     past: Past, ask: Ask, *, until: Until = TO_THE_END, progress: Progress | None = None
 ) -> Verified:
-    """Compare a projection with what the past says, up to where it reaches.
+    """Compare a projection with what the past says, from where on both know all up to where it reaches.
 
     Raises InvalidRequest if the two have nothing in common to be compared.
     """
@@ -192,10 +192,12 @@ async def verify(
         tempfile.TemporaryDirectory(prefix="agentflow-replay-") as folder,
         Database(Path(folder) / "replay.duckdb", past.namespace) as database,
     ):
+        begun = begin_by(past, replace(until, seq=end)).seq
         state = await project(past, database, until=replace(until, seq=end), progress=progress)
-        compared = await compare(_asking(database), ask, low=1, high=state.seq)
+        low = 1 if begun == first_seq - 1 else max(begun + 1, first_seq)
+        compared = await compare(_asking(database), ask, low=low, high=state.seq)
         expected = database.checkpoint()
-    whole = expected is not None and state.seq == found_seq and first_seq <= 1
+    whole = expected is not None and state.seq == found_seq and not begun and first_seq <= 1
     same_chain = expected.chain.hex().upper() == chain if whole and expected is not None else None
     return replace(compared, chain=same_chain)
 

@@ -12,7 +12,7 @@ import pytest
 from agentflow.domain.snapshot import state_hash
 from agentflow.errors import InvalidRequest, OperatingError
 from agentflow_projections.database import Database
-from agentflow_projections.past import LoggedPast, Until
+from agentflow_projections.past import LoggedPast, Past, Until
 from agentflow_projections.query import Question, Reader
 from agentflow_projections.replay import Verified, project, replay, verify
 from tests.unit.given import NAMESPACE, fold_all
@@ -36,7 +36,7 @@ async def projected(told: Told, tmp_path: Path) -> Path:
     return path
 
 
-async def compared(told: Told, path: Path, until: Until = Until()) -> Verified:  # noqa: B008 - it is frozen
+async def compared(told: Past, path: Path, until: Until = Until()) -> Verified:  # noqa: B008 - it is frozen
     with Reader(path) as reader:
 
         async def ask(query: str, parameters: Any) -> list[Any]:
@@ -148,3 +148,12 @@ async def test_of_a_trimmed_log_what_follows_the_snapshot_can_be_had() -> None:
         replayed = await replay(past)
     assert (past.first_seq, past.known_from) == (81, 101)
     assert (replayed.first_seq, replayed.hash) == (101, state_hash(fold_all(messages)))
+
+
+async def test_a_whole_projection_is_compared_with_what_is_left_of_a_trimmed_log(projected: Path) -> None:
+    messages = History(SEED).run(300)
+    async with trimmed_log(messages, 80, snapshot_seq=100) as (log, objects):
+        past = await LoggedPast.of(log, objects)
+        assert (await compared(past, projected)).same
+        change(projected, "UPDATE frames SET actor = 'somebody' WHERE seq IN (90, 150)")
+        assert (await compared(past, projected)).differs_at == 150
