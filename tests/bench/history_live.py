@@ -39,7 +39,9 @@ FROM task_submissions AS s JOIN task_changes AS c USING (task)
 WHERE s.id = $id AND c.task = $number
 ORDER BY c.pos
 """
-_RECENT: Final = "SELECT id, task FROM task_submissions WHERE task = (SELECT max(task) - 500 FROM task_submissions)"
+_RECENT: Final = (
+    "SELECT id, task FROM task_submissions WHERE task = (SELECT max(task) - 500 FROM task_submissions)"
+)
 _QUERY_PAUSE_S: Final = 0.02
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agentflow.domain import digest as digests
 from agentflow.domain.digest import KEPT, OTHERS_MAX, Agreement, Difference, Digest, Digests, digest
 from agentflow.domain.snapshot import restore, snapshot
-from agentflow.domain.state import Closed, Namespace
+from agentflow.domain.state import Namespace
 from agentflow.limits import LEVEL, LEVEL_FIRST
 from tests.unit.given import (
     NAMESPACE,
@@ -83,7 +83,7 @@ def _forget(state: Namespace) -> None:
 def _remember_otherwise(state: Namespace) -> None:
     known = state.closed.get("a")
     assert known is not None
-    state.closed.add("a", Closed(known.state, known.seq, known.index, known.digest + 1), 0)
+    state.closed.add("a", known.state, (known.seq, known.index), known.digest + 1, now_ms=0)
 
 
 def _dequeue(state: Namespace) -> None:

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from agentflow import events, wire
 from agentflow.domain import state as states
+from agentflow.domain.fold import MEANING
 from agentflow.domain.life import State, WorkflowState
 from agentflow.domain.state import APPLIED, DUPLICATE, SUPERSEDED, Kind, Memory, Namespace, Verdict
 from agentflow.domain.tasks import UNUSED_TERMS_MAX
-from agentflow.events import Reason
+from agentflow.events import KINDS, Reason
 from agentflow.frames import encode
 from agentflow.limits import (
     ANSWERS_MAX,
@@ -300,7 +301,7 @@ def test_ids_ahead_of_the_log_are_remembered_in_bounds(monkeypatch: pytest.Monke
 def test_memory_keeps_state_position_and_digest() -> None:
     memory = Memory()
     for number, state in enumerate([*states._CODES]):
-        memory.add(f"a{number}", states.Closed(state, 2**40 + number, 4_999, 2**32 - 1 - number), 1)
+        memory.add(f"a{number}", state, (2**40 + number, 4_999), 2**32 - 1 - number, now_ms=1)
         found = memory.get(f"a{number}")
         assert found is not None
         assert found == states.Closed(state, 2**40 + number, 4_999, 2**32 - 1 - number)
@@ -1065,3 +1066,7 @@ def test_the_order_of_hashes_makes_no_difference() -> None:
     }
     assert len(found) == 1
     assert len(next(iter(found))) > 5 * 64
+
+
+def test_every_kind_of_event_means_something() -> None:
+    assert set(MEANING) == set(KINDS.values())

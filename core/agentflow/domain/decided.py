@@ -7,7 +7,8 @@ the leader had read what overtook it is superseded and changes nothing.
 
 from __future__ import annotations
 
-from typing import Any, Final, assert_never
+from collections.abc import Callable
+from typing import Any, Final
 
 from agentflow.domain.life import State
 from agentflow.domain.state import APPLIED, SUPERSEDED, At, Kind, Namespace, Verdict
@@ -27,34 +28,11 @@ from agentflow.events import (
 )
 
 
-def decided(state: Namespace, event: Any, at: At) -> Verdict:  # noqa: C901, PLR0911 - it only routes
+def decided(state: Namespace, event: Any, at: At) -> Verdict:
     """A decision of the leader; it counts only while no other has been elected."""
     if at.epoch != state.epoch:
         return Verdict(Kind.SUPERSEDED, Reason.UNFENCED, f"epoch {at.epoch} decided while {state.epoch} led")
-    match event:
-        case TaskAssigned():
-            return _task_assigned(state, event, at)
-        case TaskStop():
-            return _task_stop(state, event)
-        case TaskRetried():
-            return _task_retried(state, event)
-        case TaskTimedOut():
-            return _task_timed_out(state, event, at)
-        case TaskCancelled():
-            return _task_cancelled(state, event, at)
-        case TaskQuarantined():
-            return _task_quarantined(state, event, at)
-        case WorkerLost():
-            return _worker_lost(state, event)
-        case PolicyChanged():
-            state.policy = event.policy
-            return APPLIED
-        case EventRejected():
-            return APPLIED if state.answers.pop((event.seq, event.index), None) else SUPERSEDED
-        case WorkflowCompleted():
-            return APPLIED if state.announcements.pop(event.id, None) else SUPERSEDED
-        case _ as never:
-            assert_never(never)
+    return _MEANING[type(event)](state, event, at)
 
 
 def _task_assigned(state: Namespace, event: TaskAssigned, at: At) -> Verdict:
@@ -90,7 +68,7 @@ def _task_assigned(state: Namespace, event: TaskAssigned, at: At) -> Verdict:
     return APPLIED
 
 
-def _task_stop(state: Namespace, event: TaskStop) -> Verdict:
+def _task_stop(state: Namespace, event: TaskStop, _at: At) -> Verdict:
     task = state.tasks.get(event.id)
     if task is None or task.state is not State.RUNNING or task.attempt != event.attempt:
         return SUPERSEDED
@@ -99,7 +77,7 @@ def _task_stop(state: Namespace, event: TaskStop) -> Verdict:
     return APPLIED
 
 
-def _task_retried(state: Namespace, event: TaskRetried) -> Verdict:
+def _task_retried(state: Namespace, event: TaskRetried, _at: At) -> Verdict:
     task = state.tasks.get(event.id)
     if task is None or task.state is not State.PENDING or not task.due_ms or task.attempt != event.attempt:
         return SUPERSEDED
@@ -140,9 +118,39 @@ def _task_quarantined(state: Namespace, event: TaskQuarantined, at: At) -> Verdi
     return APPLIED
 
 
-def _worker_lost(state: Namespace, event: WorkerLost) -> Verdict:
+def _worker_lost(state: Namespace, event: WorkerLost, _at: At) -> Verdict:
     worker = state.workers.get(event.worker)
     if worker is None or worker.incarnation != event.incarnation:
         return SUPERSEDED
     lose(state, worker)
     return APPLIED
+
+
+def _policy_changed(state: Namespace, event: PolicyChanged, _at: At) -> Verdict:
+    state.policy = event.policy
+    return APPLIED
+
+
+def _event_rejected(state: Namespace, event: EventRejected, _at: At) -> Verdict:
+    return APPLIED if state.answers.pop((event.seq, event.index), None) else SUPERSEDED
+
+
+def _workflow_completed(state: Namespace, event: WorkflowCompleted, _at: At) -> Verdict:
+    return APPLIED if state.announcements.pop(event.id, None) else SUPERSEDED
+
+
+_MEANING: Final[dict[type, Callable[[Namespace, Any, At], Verdict]]] = {
+    TaskAssigned: _task_assigned,
+    TaskStop: _task_stop,
+    TaskRetried: _task_retried,
+    TaskTimedOut: _task_timed_out,
+    TaskCancelled: _task_cancelled,
+    TaskQuarantined: _task_quarantined,
+    WorkerLost: _worker_lost,
+    PolicyChanged: _policy_changed,
+    EventRejected: _event_rejected,
+    WorkflowCompleted: _workflow_completed,
+}
+
+DECISIONS: Final = tuple(_MEANING)
+"""Kinds of events that only a leader says."""

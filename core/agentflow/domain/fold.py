@@ -1,6 +1,6 @@
 """The fold: what each event makes of the state.
 
-`evolve` is total and deterministic and never raises on history: what makes no sense is
+`fold` is total and deterministic and never raises on history: what makes no sense is
 answered with a verdict and changes nothing. Everything else in the project that knows the
 state of a task knows it from here.
 
@@ -24,7 +24,7 @@ from agentflow.domain.asked import (
     workflow_part,
     workflow_submitted,
 )
-from agentflow.domain.decided import decided
+from agentflow.domain.decided import DECISIONS, decided
 from agentflow.domain.locks import lock_acquired, lock_ended, lock_opened
 from agentflow.domain.masters import leader_elected, master_joined, master_left
 from agentflow.domain.reported import (
@@ -50,7 +50,6 @@ from agentflow.events import (
     MasterLeft,
     Reason,
     Role,
-    TaskAssigned,
     TaskCancelRequested,
     TaskCompleted,
     TaskDeclined,
@@ -102,10 +101,12 @@ def fold(
     verdicts: list[Verdict] = []
     for index, item in enumerate(judged.items):
         at.index = index
-        if type(item) is Bad:
+        meaning = MEANING.get(type(item))
+        if meaning is None:
+            assert isinstance(item, Bad)
             verdict = _refuse(state, judged.role, item, at)
         else:
-            verdict = evolve(state, item, at)  # type: ignore[arg-type] # mypy does not narrow by `type(...) is`
+            verdict = meaning(state, item, at)
             if verdict is not APPLIED:
                 verdict = _not_applied(state, verdict, item, at)
         verdicts.append(verdict)
@@ -184,50 +185,28 @@ def _answered(state: Namespace, verdict: Verdict, given_id: str, at: At) -> Verd
     return verdict
 
 
-def evolve(state: Namespace, event: Event, at: At) -> Verdict:  # noqa: C901, PLR0911, PLR0912 - it only routes
-    """What one event, at one position, makes of the state."""
-    match event:
-        case TaskSubmitted():
-            return task_submitted(state, event, at)
-        case TaskAssigned():
-            return decided(state, event, at)
-        case TaskCompleted():
-            return task_completed(state, event, at)
-        case TaskStarted():
-            return task_started(state, event, at)
-        case TaskFailed():
-            return task_failed(state, event, at)
-        case TaskDeclined():
-            return task_declined(state, event, at)
-        case WorkerJoined():
-            return worker_joined(state, event, at)
-        case WorkerDraining():
-            return worker_draining(state, event, at)
-        case WorkerLeft():
-            return worker_left(state, event, at)
-        case WorkflowSubmitted():
-            return workflow_submitted(state, event, at)
-        case WorkflowPart():
-            return workflow_part(state, event, at)
-        case TaskCancelRequested():
-            return task_cancel_requested(state, event, at)
-        case WorkflowCancelRequested():
-            return workflow_cancel_requested(state, event, at)
-        case TaskReprioritized():
-            return task_reprioritized(state, event, at)
-        case LeaderElected():
-            return leader_elected(state, event, at)
-        case WorkerDrainRequested():
-            return worker_drain_requested(state, event, at)
-        case LockAcquired():
-            return lock_acquired(state, event, at)
-        case LockReleased() | LockLost():
-            return lock_ended(state, event, at)
-        case LockOpened():
-            return lock_opened(state, event, at)
-        case MasterJoined():
-            return master_joined(state, event, at)
-        case MasterLeft():
-            return master_left(state, event, at)
-        case _:
-            return decided(state, event, at)
+MEANING: Final[dict[type, Callable[[Namespace, Any, At], Verdict]]] = {
+    TaskSubmitted: task_submitted,
+    TaskStarted: task_started,
+    TaskCompleted: task_completed,
+    TaskFailed: task_failed,
+    TaskDeclined: task_declined,
+    TaskCancelRequested: task_cancel_requested,
+    TaskReprioritized: task_reprioritized,
+    WorkflowSubmitted: workflow_submitted,
+    WorkflowPart: workflow_part,
+    WorkflowCancelRequested: workflow_cancel_requested,
+    WorkerJoined: worker_joined,
+    WorkerDraining: worker_draining,
+    WorkerDrainRequested: worker_drain_requested,
+    WorkerLeft: worker_left,
+    MasterJoined: master_joined,
+    MasterLeft: master_left,
+    LeaderElected: leader_elected,
+    LockAcquired: lock_acquired,
+    LockReleased: lock_ended,
+    LockLost: lock_ended,
+    LockOpened: lock_opened,
+    **dict.fromkeys(DECISIONS, decided),
+}
+"""What each kind of event makes of the state, at one position."""

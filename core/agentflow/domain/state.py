@@ -312,13 +312,14 @@ class Memory:
         self.oldest = ids.uuid7_prefix(0)
         """Beginning of a UUIDv7 made at the horizon."""
 
-    def add(self, key: str, closed: Closed, now_ms: int) -> None:
-        """Remember an ended id. `now_ms` never goes backwards."""
+    def add(
+        self, key: str, state: State | WorkflowState, at: tuple[int, int], digest: int, *, now_ms: int
+    ) -> None:
+        """Remember an ended id, and the position of its end. `now_ms` never goes backwards."""
         if len(self.current) >= CLOSED_IDS_MAX:
             self._begin_generation(now_ms)
-        code = _CODE[type(closed.state), closed.state]
-        position = (closed.seq << 13) | closed.index
-        self.current[key] = (((position << 3) | code) << 32) | closed.digest
+        seq, index = at
+        self.current[key] = ((seq << 13 | index) << 3 | _CODE[type(state), state]) << 32 | digest
 
     def _begin_generation(self, now_ms: int) -> None:
         # What ended in the same millisecond as the older generation began may be forgotten.
@@ -347,7 +348,7 @@ class Memory:
 
 
 class Namespace:
-    """The state of one namespace: what `evolve` changes and `plan` reads."""
+    """The state of one namespace: what `fold` changes and `plan` reads."""
 
     def __init__(self, name: str, *, knows: int = LEVEL) -> None:  # noqa: PLR0915 - a line for each part
         self.name = name

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from agentflow.domain import policies, workflows
 from agentflow.domain.life import FINAL, State
-from agentflow.domain.state import At, Closed, Ended, Namespace, Node, Task, Timer, Worker
+from agentflow.domain.state import At, Ended, Namespace, Node, Task, Timer, Worker
 from agentflow.domain.tasks import release_terms
 
 EXPECTATIONS_MAX: Final = 10_000
@@ -137,7 +137,8 @@ def learn(state: Namespace, run_key: str, run_us: int) -> None:
             del expectations[next(iter(expectations))]
         expectations[run_key] = max(1, run_us)
     else:
-        expectations[run_key] = max(1, before + (run_us - before) // 8)
+        expected = before + (run_us - before) // 8
+        expectations[run_key] = expected if expected > 0 else 1
 
 
 def end(state: Namespace, task: Task, final: State, at: At, event: Any) -> None:
@@ -151,7 +152,7 @@ def end(state: Namespace, task: Task, final: State, at: At, event: Any) -> None:
     if task.node is None:
         del state.tasks[task.id]
         terms = task.terms
-        state.closed.add(task.id, Closed(final, at.seq, at.index, task.digest), state.latest_ms)
+        state.closed.add(task.id, final, (at.seq, at.index), task.digest, now_ms=state.latest_ms)
         if terms.notify:
             state.ended.append(Ended(task.id, final, terms.client, terms.notify, at.seq, at.index, event))
         release_terms(state, terms)
@@ -192,7 +193,7 @@ def _skip_dependents(state: Namespace, task: Task, at: At) -> None:
 def _end_workflow(state: Namespace, workflow_id: str, at: At) -> None:
     workflow = state.workflows.pop(workflow_id)
     final = workflows.outcome(workflow.counts)
-    state.closed.add(workflow_id, Closed(final, at.seq, at.index, workflow.digest), state.latest_ms)
+    state.closed.add(workflow_id, final, (at.seq, at.index), workflow.digest, now_ms=state.latest_ms)
     ended = Ended(
         workflow_id, final, workflow.client, workflow.notify, at.seq, at.index, dict(workflow.counts)
     )
@@ -202,9 +203,8 @@ def _end_workflow(state: Namespace, workflow_id: str, at: At) -> None:
         del state.tasks[task.id]
         node = node_of(task)
         assert isinstance(task.state, State)
-        state.closed.add(
-            task.id, Closed(task.state, node.end_seq, node.end_index, task.digest), state.latest_ms
-        )
+        position = (node.end_seq, node.end_index)
+        state.closed.add(task.id, task.state, position, task.digest, now_ms=state.latest_ms)
         release_terms(state, task.terms)
         node.dependents = []
         task.node = None
