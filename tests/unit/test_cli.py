@@ -143,6 +143,10 @@ USAGE_ERRORS = [
     (["submit", "--shell", "true", "--priority", "1001"], "priority: expected 0 to 1000"),
     (["submit", "--shell", "true", "--env", "X"], "--env: expected NAME=VALUE"),
     (["submit", "no-such.yaml", "--nats", "nats://127.0.0.1:1"], "no-such.yaml"),
+    (
+        ["submit", "no-such.yaml", "--retries", "2"],
+        "--retries: expected with a task, found with a workflow file",
+    ),
     (["run", "no-such.yaml"], "no-such.yaml: cannot be read"),
     (["worker", "--label", "zone"], "--label: expected KEY=VALUE, found 'zone'"),
     (["worker", "--app", "no_such_module"], "found no module 'no_such_module'"),

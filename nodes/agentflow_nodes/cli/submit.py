@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import msgspec
 import typer
@@ -26,9 +26,12 @@ from agentflow_projections.past import LoggedPast
 _WHAT = "What to run"
 _HOW = "How"
 _NEEDS = "What it needs"
+_WITH_FILE: Final = {"words", "task_id", "wait", "nats", "namespace", "as_json", "debug"}
+"""Options that go with a workflow file."""
 
 
 def submit_command(  # noqa: PLR0913, PLR0917 - options
+    context: typer.Context,
     words: Annotated[
         list[str] | None,
         typer.Argument(
@@ -68,7 +71,9 @@ def submit_command(  # noqa: PLR0913, PLR0917 - options
     ] = "",
     task_id: Annotated[
         str,
-        typer.Option("--id", help="Its id; the same id twice is one task.", rich_help_panel=_HOW),
+        typer.Option(
+            "--id", help="Its id; the same id twice is one task, or one workflow.", rich_help_panel=_HOW
+        ),
     ] = "",
     title: Annotated[str, typer.Option("--title", help="What people call it.", rich_help_panel=_HOW)] = "",
     priority: Annotated[
@@ -139,14 +144,15 @@ def submit_command(  # noqa: PLR0913, PLR0917 - options
         agentflow submit --shell 'echo hello' --wait
         agentflow submit --priority high --timeout 60 -- convert in.png out.jpg
         agentflow submit --function shop.tasks.charge --args '["order-1"]' --retries 4
-        agentflow submit release.yaml --wait
+        agentflow submit release.yaml --id release-8 --wait
     """
     where = target(nats, namespace)
     given = words or []
     if _is_file(given, shell, function):
-        run(
-            _submit_workflow(where, Path(given[0]), wait=wait, as_json=as_json), logs=client_logs(debug=debug)
-        )
+        _check_options_of_file(context)
+        workflow = agentflow.load_workflow(given[0])
+        main = _submit_workflow(where, workflow, task_id, wait=wait, as_json=as_json)
+        run(main, logs=client_logs(debug=debug))
         return
     needs = Needs(cpu=cpu, memory_mb=memory_mb, gpus=gpus, group=group, labels=parse_labels(label or []))
     event = TaskSubmitted(
@@ -170,6 +176,16 @@ def _is_file(words: list[str], shell: str, function: str) -> bool:
     if len(words) != 1 or shell or function:
         return False
     return Path(words[0]).suffix.lower() in {".yaml", ".yml", ".json"}
+
+
+def _check_options_of_file(context: typer.Context) -> None:
+    """Raise CliError for options that a workflow's file has to say for each task."""
+    for param in context.command.params:
+        source = context.get_parameter_source(param.name or "")
+        if source is not None and source.name == "COMMANDLINE" and param.name not in _WITH_FILE:
+            raise usage(
+                f"{param.opts[0]}: expected with a task, found with a workflow file; say it in the file, of its tasks"
+            )
 
 
 def _what(shell: str, function: str, words: list[str], args: str, kwargs: str) -> dict[str, Any]:
@@ -215,8 +231,11 @@ async def _submit_task(where: Target, event: TaskSubmitted, *, wait: bool, as_js
         await _told(client, handle, "task", wait=wait, as_json=as_json)
 
 
-async def _submit_workflow(where: Target, path: Path, *, wait: bool, as_json: bool) -> None:
-    workflow = agentflow.load_workflow(path)
+async def _submit_workflow(
+    where: Target, workflow: agentflow.WorkflowFile, workflow_id: str, *, wait: bool, as_json: bool
+) -> None:
+    if workflow_id:
+        workflow = msgspec.structs.replace(workflow, id=workflow_id)
     async with open_client(where) as client:
         handle = await client.submit_workflow(workflow)
         await _told(client, handle, "workflow", wait=wait, as_json=as_json)
