@@ -8,18 +8,16 @@ With names, only those figures:
 from __future__ import annotations
 
 import argparse
-import json
-import os
+from typing import Final
 
 import uvloop
 from rich.console import Console
-from rich.table import Table
 
-from tests.bench.conditions import conditions, conditions_table
-from tests.bench.figures import Figures, all_figures
+from tests.bench.conditions import conditions
+from tests.bench.figures import all_figures
+from tests.bench.results import Targets, figures_table, measure_named, print_last_line, show
 
-# Key: what a person reads, the target, and whether more is better.
-TARGETS: dict[str, tuple[str, float | None, bool]] = {
+TARGETS: Final[Targets] = {
     "noop_tasks_per_s": ("no-op tasks/s, one worker of 8 slots", 40_000, True),
     "noop8_tasks_per_s": ("no-op tasks/s, 8 workers of 4 slots", 25_000, True),
     "cpu_us_per_task": ("CPU a task, all processes, µs", 50, False),
@@ -47,31 +45,6 @@ TARGETS: dict[str, tuple[str, float | None, bool]] = {
 }
 
 
-async def run(names: list[str], *, quick: bool, progress: Console) -> Figures:
-    """Measure the named figures, or all."""
-    found: Figures = {}
-    chosen = all_figures(quick)
-    unknown = set(names) - set(chosen)
-    if unknown:
-        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
-    for name in names or chosen:
-        progress.print(f"measuring {name} …", style="dim")
-        found.update(await chosen[name]())
-    return found
-
-
-def table(found: Figures) -> Table:
-    """The figures beside their targets."""
-    shown = Table("figure", "key", "measured", "target", title="AgentFlow")
-    for key, (text, target, more) in TARGETS.items():
-        if key not in found:
-            continue
-        good = target is None or (found[key] >= target if more else found[key] <= target)
-        wanted = "" if target is None else f"{'≥' if more else '≤'} {target:,g}"
-        shown.add_row(text, key, f"[{'green' if good else 'red'}]{found[key]:,.4g}[/]", wanted)
-    return shown
-
-
 def main() -> None:
     """Measure, print the conditions, the table, and as the last line the JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -79,12 +52,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small numbers: does it work?")
     given = parser.parse_args()
     before = conditions()
-    found = uvloop.run(run(given.names, quick=given.quick, progress=Console(stderr=True)))
-    shown = Console(width=110)
-    shown.print(conditions_table(before))
-    shown.print(table(found))
-    rounded = {key: round(value, 4) for key, value in found.items()}
-    print(json.dumps({**rounded, "cores": os.cpu_count(), "load_before": before.get("load average")}))
+    found = uvloop.run(measure_named(all_figures(given.quick), given.names, Console(stderr=True)))
+    show(before, figures_table("AgentFlow", TARGETS, found), width=110)
+    print_last_line(found, before)
 
 
 if __name__ == "__main__":

@@ -24,25 +24,30 @@ import uvloop
 from msgspec import Struct, field
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from rich.table import Table
 
 import agentflow
 from agentflow.errors import AgentFlowError
 from agentflow.events import LeaderElected, TaskAssigned
 from agentflow.frames import judge
 from tests.bench.app import noop, sleep
-from tests.bench.conditions import conditions, conditions_table
+from tests.bench.conditions import conditions
+from tests.bench.figures import percentile
+from tests.bench.results import Targets, figures_table, print_last_line, show
 from tests.bench.stack import Stack
 
-TARGETS: Final[dict[str, tuple[str, float | None]]] = {
-    "leader_kill_p50_s": ("leader killed (-9): last assignment of the old to first of the new, p50, s", None),
-    "leader_kill_p99_s": ("the same, p99, s", 4.0),
-    "leader_term_p50_s": ("leader ended (SIGTERM), p50, s", None),
-    "leader_term_p99_s": ("the same, p99, s", 0.5),
-    "worker_kill_p50_s": ("worker killed (-9): its tasks running elsewhere, p50, s", None),
-    "worker_kill_p99_s": ("the same, p99, s", 6.0),
-    "r1_restart_p50_s": ("nats-server killed (-9) and started again: first assignment, p50, s", None),
-    "r1_restart_s": ("the same, the longest, s", 2.0),
+TARGETS: Final[Targets] = {
+    "leader_kill_p50_s": (
+        "leader killed (-9): last assignment of the old to first of the new, p50, s",
+        None,
+        False,
+    ),
+    "leader_kill_p99_s": ("the same, p99, s", 4.0, False),
+    "leader_term_p50_s": ("leader ended (SIGTERM), p50, s", None, False),
+    "leader_term_p99_s": ("the same, p99, s", 0.5, False),
+    "worker_kill_p50_s": ("worker killed (-9): its tasks running elsewhere, p50, s", None, False),
+    "worker_kill_p99_s": ("the same, p99, s", 6.0, False),
+    "r1_restart_p50_s": ("nats-server killed (-9) and started again: first assignment, p50, s", None, False),
+    "r1_restart_s": ("the same, the longest, s", 2.0, False),
 }
 _BATCH: Final = 10
 _PAUSE_S: Final = 0.02
@@ -199,12 +204,6 @@ async def server_restarts(count: int, tick: Callable[[], None]) -> list[float]:
     return gaps
 
 
-def percentile(values: list[float], share: float) -> float:
-    """The smallest value that at least this share of them do not exceed."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
 async def measure(names: list[str], *, quick: bool, progress: Progress) -> dict[str, float]:
     """Measure what is named, or all; two clusters side by side where the most kills are."""
     found: dict[str, float] = {}
@@ -236,17 +235,6 @@ async def measure(names: list[str], *, quick: bool, progress: Progress) -> dict[
     return found
 
 
-def table(found: dict[str, float]) -> Table:
-    """The figures beside their targets."""
-    shown = Table("figure", "key", "measured", "target", title="Failover")
-    for key, (text, target) in TARGETS.items():
-        if key in found:
-            good = target is None or found[key] <= target
-            wanted = "" if target is None else f"≤ {target:g}"
-            shown.add_row(text, key, f"[{'green' if good else 'red'}]{found[key]:.3g}[/]", wanted)
-    return shown
-
-
 def main() -> None:
     """Measure, print the conditions, the table, and as the last line the JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -256,11 +244,8 @@ def main() -> None:
     before = conditions()
     with Progress(console=Console(stderr=True)) as progress:
         found = uvloop.run(measure(given.names, quick=given.quick, progress=progress))
-    shown = Console(width=120)
-    shown.print(conditions_table(before))
-    shown.print(table(found))
-    rounded = {key: round(value, 3) for key, value in found.items()}
-    print(json.dumps({**rounded, "lease_ttl_s": 3, "worker_ttl_s": 5, "load_before": before["load average"]}))
+    show(before, figures_table("Failover", TARGETS, found))
+    print_last_line(found, before, lease_ttl_s=3, worker_ttl_s=5)
 
 
 if __name__ == "__main__":

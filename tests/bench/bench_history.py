@@ -22,8 +22,9 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.conditions import command_version, conditions, conditions_table
+from tests.bench.conditions import command_version, conditions
 from tests.bench.history_live import beside_noop
+from tests.bench.results import Targets, figures_table, measure_named, print_last_line, show
 from tests.bench.stack import ROOT
 
 FSYNC: Final = (
@@ -33,8 +34,7 @@ FSYNC: Final = (
 _QUICK: Final = {"tasks": 20_000, "events": 300_000, "noop": 20_000, "peers": 10_000, "runs": 1}
 _FULL: Final = {"tasks": 1_000_000, "events": 10_000_000, "noop": 200_000, "peers": 100_000, "runs": 3}
 
-# Key: what a person reads, the target, and whether more is better.
-TARGETS: Final[dict[str, tuple[str, float | None, bool]]] = {
+TARGETS: Final[Targets] = {
     "replay_events_per_s": (
         "replay: live JetStream, fold, fresh file, all tables; events/s",
         200_000,
@@ -100,31 +100,6 @@ def figures(sizes: dict[str, int], folder: Path) -> dict[str, Callable[[], Await
     }
 
 
-async def run(names: list[str], sizes: dict[str, int], folder: Path, progress: Console) -> Figures:
-    """Measure the named figures, or all."""
-    chosen = figures(sizes, folder)
-    unknown = set(names) - set(chosen)
-    if unknown:
-        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(chosen)}")
-    found: Figures = {}
-    for name in names or chosen:
-        progress.print(f"measuring {name} …", style="dim")
-        found.update(await chosen[name]())
-    return found
-
-
-def table(found: Figures) -> Table:
-    """The figures beside their targets."""
-    shown = Table("figure", "key", "measured", "target", title="History")
-    for key, (text, target, more) in TARGETS.items():
-        if key not in found:
-            continue
-        good = target is None or (found[key] >= target if more else found[key] <= target)
-        wanted = "" if target is None else f"{'≥' if more else '≤'} {target:,g}"
-        shown.add_row(text, key, f"[{'green' if good else 'red'}]{found[key]:,.4g}[/]", wanted)
-    return shown
-
-
 def each_query(found: Figures) -> Table:
     """How long each question took."""
     shown = Table("question", "s", title="Asked of the long history")
@@ -153,14 +128,10 @@ def main() -> None:
     before["postgres"] = command_version("postgres", "--version")
     with tempfile.TemporaryDirectory(prefix="af-history-") as temporary:
         folder = given.keep or Path(temporary)
-        found = uvloop.run(run(given.names, sizes, folder, Console(stderr=True)))
-    shown = Console(width=120)
-    shown.print(conditions_table(before))
-    shown.print(table(found))
-    if "queries_s" in found:
-        shown.print(each_query(found))
-    flat = {key: round(value, 4) for key, value in found.items() if not isinstance(value, dict)}
-    print(json.dumps({**flat, "cores": os.cpu_count(), "load_before": before["load average"]}))
+        found = uvloop.run(measure_named(figures(sizes, folder), given.names, Console(stderr=True)))
+    queries = (each_query(found),) if "queries_s" in found else ()
+    show(before, figures_table("History", TARGETS, found), *queries)
+    print_last_line(found, before)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -29,8 +28,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from agentflow import Client, Held
-from tests.bench.conditions import FSYNC_ALWAYS, command_version, conditions, conditions_table
+from tests.bench.conditions import FSYNC_ALWAYS, command_version, conditions
 from tests.bench.figures import percentile
+from tests.bench.results import print_last_line, show
 from tests.bench.stack import ROOT
 from tests.eventually import eventually
 from tests.servers import NatsServer
@@ -282,15 +282,13 @@ def main() -> None:
     before |= {"redis-server": command_version("redis-server", "--version").partition(" sha=")[0]}
     with Progress(console=Console(stderr=True)) as progress:
         found = uvloop.run(run(QUICK if given.quick else Sizes(), progress))
-    shown = Console(width=140)
-    shown.print(conditions_table(before))
-    shown.print(table(found))
-    rounded = {
-        (key if way == "agentflow" else f"{way}_{key}"): round(value, 3)
+    show(before, table(found), width=140)
+    flat = {
+        (key if way == "agentflow" else f"{way}_{key}"): value
         for way, figures in found.items()
         for key, value in figures.items()
     }
-    print(json.dumps({**rounded, "lock_ttl_s": TTL_S, "load_before": before["load average"]}))
+    print_last_line(flat, before, lock_ttl_s=TTL_S)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -27,7 +28,6 @@ from typing import Any, Final, Self
 import psutil
 import uvloop
 from rich.console import Console
-from rich.table import Table
 
 import agentflow
 from agentflow import wire
@@ -37,15 +37,15 @@ from agentflow_nodes.embedded import EmbeddedCluster, EmbeddedServer
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
 from tests.bench.app import noop
-from tests.bench.conditions import conditions, conditions_table
-from tests.bench.figures import Figures, _paced, percentile
+from tests.bench.conditions import conditions
+from tests.bench.figures import Figures, paced, percentile
 from tests.bench.noop import measure
-from tests.bench.stack import ROOT
+from tests.bench.results import Targets, figures_table, measure_named, print_last_line, show
+from tests.bench.stack import ROOT, cpu_s_of
 from tests.cluster import audit
 from tests.eventually import eventually
 
-# Key: what a person reads, the target, and whether more is better.
-TARGETS: Final[dict[str, tuple[str, float | None, bool]]] = {
+TARGETS: Final[Targets] = {
     "r3_tasks_per_s": ("no-op tasks/s, one worker of 8 slots", 20_000, True),
     "r3_latency_p50_ms": ("submit to result at 100/s, p50, ms", 6, False),
     "r3_latency_p99_ms": ("submit to result at 100/s, p99, ms", None, False),
@@ -99,7 +99,7 @@ class R3:
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds used so far, by process."""
-        return {name: _cpu_s(pid) for name, pid in self._pids()}
+        return {name: cpu_s_of(pid) for name, pid in self._pids()}
 
     async def leader(self, stream: str) -> EmbeddedServer:
         """The server that leads a stream, once it has one and all replicas are up to date."""
@@ -162,11 +162,6 @@ class R3:
             yield name, node.pid
 
 
-def _cpu_s(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
-
-
 async def rate(quick: bool) -> Figures:
     """No-op tasks, as `noop_tasks_per_s` measures them on one server."""
     tasks, runs = (20_000, 1) if quick else (100_000, 3)
@@ -185,8 +180,8 @@ async def latency(quick: bool) -> Figures:
         async def single(number: int) -> None:
             assert await (await client.submit(noop, number)).result() == number
 
-        await _paced(single, 1.0, 100)
-        times = await _paced(single, 2.0 if quick else 10.0, 100)
+        await paced(single, 1.0, 100)
+        times = await paced(single, 2.0 if quick else 10.0, 100)
     return {
         "r3_latency_p50_ms": percentile(times, 0.50) * 1000,
         "r3_latency_p99_ms": percentile(times, 0.99) * 1000,
@@ -271,30 +266,6 @@ FIGURES: Final[dict[str, Callable[[bool], Awaitable[Figures]]]] = {
 }
 
 
-async def run(names: list[str], *, quick: bool, progress: Console) -> Figures:
-    """Measure what is named, or all."""
-    unknown = set(names) - set(FIGURES)
-    if unknown:
-        raise SystemExit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(FIGURES)}")
-    found: Figures = {}
-    for name in names or FIGURES:
-        progress.print(f"measuring {name} …", style="dim")
-        found.update(await FIGURES[name](quick))
-    return found
-
-
-def table(found: Figures) -> Table:
-    """The figures beside their targets."""
-    shown = Table("figure", "key", "measured", "target", title="AgentFlow on three servers")
-    for key, (text, target, more) in TARGETS.items():
-        if key not in found:
-            continue
-        good = target is None or (found[key] >= target if more else found[key] <= target)
-        wanted = "" if target is None else f"{'≥' if more else '≤'} {target:,g}"
-        shown.add_row(text, key, f"[{'green' if good else 'red'}]{found[key]:,.4g}[/]", wanted)
-    return shown
-
-
 def main() -> None:
     """Measure, print the conditions, the table, and as the last line the JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -302,12 +273,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small numbers: does it work?")
     given = parser.parse_args()
     before = conditions()
-    found = uvloop.run(run(given.names, quick=given.quick, progress=Console(stderr=True)))
-    shown = Console(width=120)
-    shown.print(conditions_table(before))
-    shown.print(table(found))
-    rounded = {key: round(value, 4) for key, value in found.items()}
-    print(json.dumps({**rounded, "cores": os.cpu_count(), "load_before": before.get("load average")}))
+    chosen = {name: partial(figure, given.quick) for name, figure in FIGURES.items()}
+    found = uvloop.run(measure_named(chosen, given.names, Console(stderr=True)))
+    show(before, figures_table("AgentFlow on three servers", TARGETS, found))
+    print_last_line(found, before)
 
 
 if __name__ == "__main__":

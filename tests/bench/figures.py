@@ -77,10 +77,10 @@ async def _latency_round(seconds: float) -> Figures:
             handle = await client.submit_workflow(flow)
             assert (await handle.outcome()).state == "completed"
 
-        await _paced(single, 1.0, 100)
-        singles = await _paced(single, seconds, 100)
-        await _paced(chain, 1.0, 50)
-        chains = await _paced(chain, seconds, 50)
+        await paced(single, 1.0, 100)
+        singles = await paced(single, seconds, 100)
+        await paced(chain, 1.0, 50)
+        chains = await paced(chain, seconds, 50)
     return {
         "latency_p50_ms": percentile(singles, 0.50) * 1000,
         "latency_p99_ms": percentile(singles, 0.99) * 1000,
@@ -92,7 +92,7 @@ async def _latency_round(seconds: float) -> Figures:
     }
 
 
-async def _paced(work: Callable[[int], Awaitable[None]], seconds: float, rate: float) -> list[float]:
+async def paced(work: Callable[[int], Awaitable[None]], seconds: float, rate: float) -> list[float]:
     """How long each piece of work took, begun at a steady rate, one at a time."""
     times = []
     begin = time.perf_counter()

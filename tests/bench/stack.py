@@ -92,7 +92,7 @@ class Stack:
 
     def cpu_s(self) -> dict[str, float]:
         """CPU seconds used so far, by process."""
-        return {name: _cpu_s(pid) for name, pid in self.pids()}
+        return {name: cpu_s_of(pid) for name, pid in self.pids()}
 
     def rss_mb(self, name: str) -> float:
         """Resident memory of one process now."""
@@ -101,6 +101,7 @@ class Stack:
         return rss / 2**20
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s_of(pid: int) -> float:
+    """CPU seconds a process has used so far."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
