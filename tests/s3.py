@@ -9,8 +9,6 @@ import sys
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
-import boto3
-
 from tests.eventually import eventually
 from tests.servers import free_port
 
@@ -90,6 +88,8 @@ class S3Server:
         self.reader = _user(iam, "reader", _READ)
 
     def _client(self, service: str) -> Any:
+        import boto3  # noqa: PLC0415 - it takes long, and every test imports this file
+
         return boto3.client(
             service,
             endpoint_url=self.url,

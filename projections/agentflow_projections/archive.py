@@ -262,7 +262,10 @@ def _begin(stretch: Stretch) -> _End:
 
 def read_messages(stretch: Stretch) -> Iterator[list[Message]]:
     """The messages of a stretch, in order, some at a time. Raises ArchiveDamaged."""
-    data = stretch.read(f"{FRAMES}.parquet")
+    yield from _decoded(stretch, stretch.read(f"{FRAMES}.parquet"))
+
+
+def _decoded(stretch: Stretch, data: Any) -> Iterator[list[Message]]:
     try:
         with pq.ParquetFile(pa.BufferReader(data)) as file:
             for batch in file.iter_batches(_READ_ROWS, columns=list(_COLUMNS)):
@@ -305,9 +308,11 @@ def verify(stretch: Stretch) -> None:
     """Read a stretch whole: every file by its digest, every message by the chain. Raises ArchiveDamaged."""
     manifest = stretch.manifest
     for table, expected in manifest.files.items():
-        _verify_file(stretch, f"{table}.parquet", expected)
+        if table != FRAMES:
+            _verified(stretch, f"{table}.parquet", expected)
+    frames = _verified(stretch, f"{FRAMES}.parquet", manifest.files[FRAMES])
     chain, seq = bytes.fromhex(manifest.chain_before), manifest.first_seq - 1
-    for messages in read_messages(stretch):
+    for messages in _decoded(stretch, frames):
         for message in messages:
             if message.seq != seq + 1:
                 raise ArchiveDamaged(f"{stretch.where} holds {message.seq} but not {seq + 1}")
@@ -319,7 +324,8 @@ def verify(stretch: Stretch) -> None:
         )
 
 
-def _verify_file(stretch: Stretch, file: str, expected: ArchivedFile) -> None:
+def _verified(stretch: Stretch, file: str, expected: ArchivedFile) -> Any:
+    """A buffer of a file that is what was sealed."""
     data = stretch.read(file)
     found = len(data), digest_of(data)
     if found != (expected.size, expected.sha256):
@@ -327,6 +333,7 @@ def _verify_file(stretch: Stretch, file: str, expected: ArchivedFile) -> None:
             f"{stretch.where}/{file}: expected {expected.size} bytes of SHA-256 {expected.sha256},"
             f" found {found[0]} of {found[1]}"
         )
+    return data
 
 
 def digest_of(data: Any) -> str:

@@ -183,18 +183,20 @@ class FolderStore(Struct, frozen=True):
             os.close(lock)
 
 
-class S3Store:
+class S3Store(Struct, frozen=True):
     """Part of a bucket. Keys and region come from where all tools of S3 take them.
 
     That is the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`,
     `AWS_PROFILE`, `AWS_REGION`, `AWS_ENDPOINT_URL`), the files in `~/.aws`, or the machine's role.
     """
 
-    def __init__(self, filesystem: Any, bucket: str, prefix: str) -> None:
-        self._filesystem = filesystem
-        self._bucket = bucket
-        self._prefix = prefix
-        self._root = f"{bucket}/{prefix}".rstrip("/")
+    filesystem: Any
+    bucket: str
+    prefix: str
+
+    @property
+    def _root(self) -> str:
+        return f"{self.bucket}/{self.prefix}".rstrip("/")
 
     @classmethod
     def of(cls, where: str) -> S3Store:
@@ -218,13 +220,13 @@ class S3Store:
 
     def within(self, name: str) -> S3Store:
         """See Store."""
-        return S3Store(self._filesystem, self._bucket, f"{self._prefix}/{name}".lstrip("/"))
+        return S3Store(self.filesystem, self.bucket, f"{self.prefix}/{name}".lstrip("/"))
 
     def names(self) -> list[str]:
         """See Store."""
         selector = pafs.FileSelector(self._root, recursive=True, allow_not_found=True)
         with self._errors():
-            found = self._filesystem.get_file_info(selector)
+            found = self.filesystem.get_file_info(selector)
             if not found:
                 self._check_bucket()
         start = len(self._root) + 1
@@ -232,29 +234,29 @@ class S3Store:
 
     def _check_bucket(self) -> None:
         """What is in a bucket that is not there looks like nothing."""
-        found = self._filesystem.get_file_info(self._bucket)
+        found = self.filesystem.get_file_info(self.bucket)
         if found.type == pafs.FileType.NotFound:
             raise ArchiveUnreachable(self._no_bucket())
 
     def read(self, name: str) -> Any:
         """See Store."""
-        with self._errors(), self._filesystem.open_input_file(f"{self._root}/{name}") as file:
+        with self._errors(), self.filesystem.open_input_file(f"{self._root}/{name}") as file:
             return file.read_buffer()
 
     def put(self, name: str, data: Any) -> None:
         """See Store."""
-        with self._errors(), self._filesystem.open_output_stream(f"{self._root}/{name}") as file:
+        with self._errors(), self.filesystem.open_output_stream(f"{self._root}/{name}") as file:
             file.write(data)
 
     def remove(self, name: str) -> None:
         """See Store."""
         with suppress(FileNotFoundError), self._errors():
-            self._filesystem.delete_file(f"{self._root}/{name}")
+            self.filesystem.delete_file(f"{self._root}/{name}")
 
     def remove_all(self, name: str) -> None:
         """See Store."""
         with suppress(FileNotFoundError), self._errors():
-            self._filesystem.delete_dir(f"{self._root}/{name}")
+            self.filesystem.delete_dir(f"{self._root}/{name}")
 
     @contextmanager
     def files(self, names: Sequence[str]) -> Generator[list[Path]]:
@@ -272,7 +274,7 @@ class S3Store:
         return nullcontext()
 
     def _no_bucket(self) -> str:
-        return f"{self.where}: there is no bucket {self._bucket!r}, or not at this endpoint: create it, or name another"
+        return f"{self.where}: there is no bucket {self.bucket!r}, or not at this endpoint: create it, or name another"
 
     @contextmanager
     def _errors(self) -> Generator[None]:

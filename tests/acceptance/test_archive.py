@@ -8,12 +8,11 @@ import os
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
 from agentflow import Needs, Workflow, wire
 from agentflow.bus import Bus
@@ -115,24 +114,6 @@ async def test_what_is_not_understood_is_told(arguments: list[str], said: str, t
     ran = await agentflow("nats://127.0.0.1:1", "archive", "--dir", str(tmp_path / "none"), *arguments)
     assert ran.status == Exit.USAGE
     assert said in ran.err
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def s3() -> AsyncIterator[S3Server]:
-    async with S3Server() as server:
-        yield server
-
-
-@pytest.fixture(params=["folder", "s3"])
-def place(
-    request: pytest.FixtureRequest, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    """Where an archive may be: a folder, or a bucket over HTTP."""
-    if request.param == "folder":
-        return str(tmp_path / "archive")
-    for name, value in s3.environment().items():
-        monkeypatch.setenv(name, value)
-    return f"s3://{s3.bucket}/{tmp_path.name}"
 
 
 async def _until_more_is_sealed(archive: Archive) -> None:

@@ -44,8 +44,9 @@ DAY_NS = 86_400 * 1_000_000_000
 class World:
     """A log in memory with a random history in it, an object store, and a folder for the archive."""
 
-    def __init__(self, folder: Path, messages: Sequence[Message]) -> None:
+    def __init__(self, folder: Path, messages: Sequence[Message], where: str = "") -> None:
         self.folder = folder
+        self.where = where or str(folder)
         self.messages = list(messages)
         self.server = MemoryServer()
         self.stream = self.server.create(NAMESPACE)
@@ -60,7 +61,7 @@ class World:
 
     @property
     def archive(self) -> Archive:
-        return Archive(self.folder, NAMESPACE)
+        return Archive(self.where, NAMESPACE)
 
     def store(self, count: int) -> None:
         """Let the log hold the first `count` messages."""

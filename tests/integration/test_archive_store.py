@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from agentflow.errors import InvalidRequest
 from agentflow_projections.archive_store import ArchiveLocked, ArchiveUnreachable, Store, open_store
@@ -17,26 +16,15 @@ from tests.servers import free_port
 Attempt = Callable[[], object]
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def s3() -> AsyncIterator[S3Server]:
-    async with S3Server() as server:
-        yield server
-
-
 def use(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
     """What this process is told of a store."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
 
 
-@pytest.fixture(params=["folder", "s3"])
-def store(
-    request: pytest.FixtureRequest, s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Store:
-    if request.param == "folder":
-        return open_store(tmp_path)
-    use(monkeypatch, s3.environment())
-    return open_store(f"s3://{s3.bucket}/{tmp_path.name}/archive")
+@pytest.fixture
+def store(place: str) -> Store:
+    return open_store(place)
 
 
 def test_what_was_put_is_read(store: Store) -> None:

@@ -15,12 +15,15 @@ import agentflow
 from agentflow.bus import Bus
 from agentflow.errors import AgentFlowError
 from agentflow.events import TaskSubmitted
+from agentflow.log.jetstream import JetStreamLog
+from agentflow_nodes.archiver.node import ArchiverConfig, archiver_of
 from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.node import Master
 from agentflow_nodes.projector.config import ProjectorConfig
 from agentflow_nodes.projector.node import ProjectorNode
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
+from agentflow_projections.archiver import Keep
 from tests.eventually import eventually
 from tests.servers import NatsServer, nats_server_binary
 
@@ -28,7 +31,7 @@ OPS = Path(__file__).resolve().parents[2] / "ops"
 SECRET = "correct-horse"  # noqa: S105 - of a server that lives as long as a test
 PASSWORDS = {
     f"{role}_PASSWORD": SECRET
-    for role in ("SYS", "MASTER", "PROJECTOR", "WORKER", "CLIENT", "GUEST", "ROUTE")
+    for role in ("SYS", "MASTER", "PROJECTOR", "ARCHIVER", "WORKER", "CLIENT", "GUEST", "ROUTE")
 }
 
 
@@ -114,6 +117,31 @@ async def test_history_is_asked_with_nobody_allowed_more_than_needed(
         request = {"sql": "SELECT id FROM tasks", "at_least": position}
         reply = await client.bus.request_reply("afq.default.query", json.dumps(request).encode(), 20)
         assert json.loads(reply.data)["rows"] == [[handle.id]]
+
+
+async def test_a_log_is_archived_and_trimmed_with_nobody_allowed_more_than_needed(
+    guarded_server: NatsServer, tmp_path: Path
+) -> None:
+    large = json.dumps("x" * 3_000)  # kept for who will run it, when its message is trimmed
+    bus = Bus(_url(guarded_server, "archiver"), name="archiver")
+    config = ArchiverConfig(where=tmp_path, url="", keep=Keep(age_s=0, young_s=0))
+    async with (
+        Master(MasterConfig(url=_url(guarded_server, "master"), name="m1")),
+        agentflow.Client(_url(guarded_server, "web"), name="web") as client,
+        bus,
+        JetStreamLog(bus, "default", create=False) as log,
+    ):
+        handle = await client.argv(["echo", large])
+        for _ in range(2):  # the second removes what stood for the first
+            until = (await log.identity()).last_seq
+            async with archiver_of(config, bus, log) as archiver:
+                await archiver.run(until=until)
+            assert (await log.identity()).trimmed_seq == until
+        async with Worker(WorkerConfig(url=_url(guarded_server, "w1"), name="w1", slots=2), {}):
+            assert await handle.result(20) == large
+    with pytest.raises(AgentFlowError):
+        async with Bus(_url(guarded_server, "archiver"), name="archiver") as archiver_bus:
+            await archiver_bus.request("af.default.task.submitted.archiver", b"{}", 1.0)
 
 
 async def test_nobody_says_what_others_say(guarded_server: NatsServer) -> None:
