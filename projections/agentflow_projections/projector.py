@@ -87,6 +87,7 @@ class Projector:
         self._checkpoint: Checkpoint | None = None
         self._chain = START
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="projector")
+        self._committing: asyncio.Task[None] | None = None
         self._closing = False
         self._broken = False
         """A commit began and did not end well: what the file lacks is known to nobody here."""
@@ -190,7 +191,10 @@ class Projector:
 
     async def close(self) -> None:
         """Write what is folded, and keep the state. Raises what that meets with; harmless twice."""
+        self._keep_not_before = 0.0
         try:
+            if self._committing is not None:  # who waited for it may have been cancelled
+                await asyncio.wait((self._committing,))
             if self._checkpoint is not None and not self._broken:
                 await self._commit(keep=True)
         finally:
@@ -240,7 +244,15 @@ class Projector:
             await _within(self._urgent, self._pace_s - (loop.time() - begun))
 
     async def _commit(self, *, keep: bool) -> None:
-        """Write the rows there are, and then the state as it is now."""
+        """Write the rows there are, and then the state as it is now.
+
+        It is done whole also if who waits for it is cancelled: rows that were taken and not written
+        would be missing once the next ones are.
+        """
+        self._committing = asyncio.create_task(self._commit_whole(keep=keep), name="projector commit")
+        await asyncio.shield(self._committing)
+
+    async def _commit_whole(self, *, keep: bool) -> None:
         state = self.state
         assert self._checkpoint is not None
         rows = self._recorder.take()

@@ -164,6 +164,41 @@ async def test_closed_while_it_takes_up_a_long_file_it_is_closed_soon(
             await projector.close()
 
 
+class HeldUp(StateFile):
+    """Takes the state down once it may."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, NAMESPACE)
+        self.begun, self.may = threading.Event(), threading.Event()
+
+    def prepare(self, *arguments: Any) -> Any:
+        self.begun.set()
+        assert self.may.wait(30)
+        return super().prepare(*arguments)
+
+
+async def test_cancelled_between_taking_rows_and_writing_them_it_loses_none(
+    world: World, tmp_path: Path
+) -> None:
+    kept = HeldUp(world.path)
+    world.store(60)
+    async with MemoryLog(world.server, NAMESPACE) as log:
+        with Database(world.path, NAMESPACE) as database:
+            projector = Projector(log, database, kept, pace_s=0, keep_events=1)
+            await projector.open()
+            running = asyncio.create_task(projector.run())
+            await eventually(kept.begun.is_set)
+            await end_tasks(running)
+            kept.may.set()
+            await projector.close()
+    kept_state = StateFile(world.path, NAMESPACE).read()
+    assert kept_state is not None
+    assert kept_state.seq == len(rows_of(world.path)["frames"]) > 0
+    world.store()
+    await world.project()
+    assert rows_of(world.path) == await expected_rows(world, tmp_path)
+
+
 class TestKeptState:
     """What is kept beside the file, for who starts next."""
 
