@@ -147,6 +147,11 @@ USAGE_ERRORS = [
         ["submit", "no-such.yaml", "--retries", "2"],
         "--retries: expected with a task, found with a workflow file",
     ),
+    (["tasks", "--archive", "no-such-folder"], "--archive: there is no folder no-such-folder"),
+    (
+        ["replay", "--file", "."],
+        "--file: expected a file, found the folder .; an archive is named with --archive",
+    ),
     (["run", "no-such.yaml"], "no-such.yaml: cannot be read"),
     (["worker", "--label", "zone"], "--label: expected KEY=VALUE, found 'zone'"),
     (["worker", "--app", "no_such_module"], "found no module 'no_such_module'"),

@@ -193,7 +193,7 @@ def _line(logged: LoggedEvent) -> Text:
     style = _ENDS.get(logged.kind) or (_STYLES[role] if role is not None else "red")
     line = Text(f"{moment(logged.time_ms)}  ", style=DIM)
     line.append(f"{logged.seq}.{logged.index:<5}", style=DIM)
-    line.append_text(plain(f"{logged.kind:<20}", style))
+    line.append_text(plain(f"{logged.kind:<20} ", style))
     line.append_text(plain(f"{logged.actor:<14} "))
     if logged.bad is not None:
         return line.append_text(plain(f"quarantined: {logged.bad.reason}: {logged.bad.detail}", "red"))

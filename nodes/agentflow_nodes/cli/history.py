@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from agentflow.bus import Bus
 from agentflow.errors import Disconnected, InvalidRequest, OperatingError
 from agentflow_nodes.cli.errors import operating, usage
-from agentflow_nodes.cli.past import check_archive, tell_beginning
+from agentflow_nodes.cli.past import tell_beginning
 from agentflow_nodes.cli.progress import bar
 from agentflow_nodes.cli.session import CLIENT_NAME, Target, open_stores, require_server
 from agentflow_projections.asking import Part, ask_service
@@ -225,7 +225,6 @@ async def open_history(wanted: Wanted) -> AsyncGenerator[History]:
 
 
 async def _refreshed(wanted: Wanted) -> Refreshed:
-    check_archive(wanted.archive)
     async with open_stores(wanted.where) as (log, objects):
         with bar("Reading the log") as tell:
             return await refresh(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -19,14 +18,20 @@ from agentflow_nodes.cli.errors import usage
 from agentflow_nodes.cli.output import DIM, say
 from agentflow_nodes.cli.progress import bar
 from agentflow_nodes.cli.session import Target, open_client, open_stores
+from agentflow_nodes.namespaces import collect_garbage_seldom
 from agentflow_projections.history import History, Keep, read_history
 from agentflow_projections.past import LoggedPast, Past, Until
 
-# A fold is long-lived objects only: collecting them often would take a third of a replay.
-_GC_THRESHOLD: Final = (100_000, 20, 100)
-
 MOMENT: Final = "POSITION|TIME"
 MOMENT_HELP: Final = "a position, a time like 2026-11-21T17:00 (UTC), or -10m"
+
+
+def _checked_archive(archive: str | None) -> str | None:
+    """Raises CliError if it is said to be in a folder that is not there."""
+    if archive is not None and "://" not in archive and not Path(archive).is_dir():
+        raise usage(f"--archive: there is no folder {archive}")
+    return archive
+
 
 NoFile = Annotated[
     Path | None,
@@ -43,6 +48,7 @@ Archive = Annotated[
         "--archive",
         metavar="DIR|S3",
         envvar="AGENTFLOW_ARCHIVE",
+        callback=_checked_archive,
         help="Where 'agentflow archive' keeps what was trimmed from the log.",
         show_default=False,
     ),
@@ -86,7 +92,7 @@ async def open_past(source: Source, *, quiet: bool = False) -> AsyncGenerator[Pa
 
     Unless `quiet`, people are told if its beginning is missing.
     """
-    gc.set_threshold(*_GC_THRESHOLD)
+    collect_garbage_seldom()
     file = source.file
     if file is not None:
         if file.is_dir():
@@ -126,19 +132,12 @@ async def open_both(
 
 
 async def with_archive(log: Log, archive: str | None) -> Log:
-    """The log, and before it the archive, if there is one. Raises CliError, LogGone, ArchiveDamaged."""
+    """The log, and before it the archive, if there is one. Raises LogGone, ArchiveDamaged."""
     if archive is None:
         return log
-    check_archive(archive)
     from agentflow_projections.archived_log import ArchivedLog  # noqa: PLC0415 - it loads pyarrow
 
     return await ArchivedLog(log, archive).__aenter__()  # nothing to release: the log is not its own
-
-
-def check_archive(archive: str | None) -> None:
-    """Raise CliError if it is said to be in a folder that is not there."""
-    if archive is not None and "://" not in archive and not Path(archive).is_dir():
-        raise usage(f"--archive: there is no folder {archive}")
 
 
 def tell_beginning(known_from: int) -> None:
@@ -153,5 +152,6 @@ def tell_beginning(known_from: int) -> None:
 
 async def load(past: Past, *, keep: Keep | None = None) -> History:
     """Fold a history to its end, showing how far it is if that takes a while."""
+    collect_garbage_seldom()
     with bar("Reading the log") as tell:
         return await read_history(past, progress=tell, keep=keep)
