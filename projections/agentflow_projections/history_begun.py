@@ -24,7 +24,7 @@ from agentflow_projections.history_rows import (
     WorkflowRow,
     dependents_of,
     runs_of,
-    shortened,
+    runs_of_task,
 )
 from agentflow_projections.past import LoggedPast
 
@@ -42,7 +42,7 @@ def task_rows(state: Namespace) -> Iterator[TaskRow]:
 
 def _task_row(task: Task, dependencies: list[str]) -> TaskRow:
     terms, node = task.terms, task.node
-    runs_kind, runs = _runs(task)
+    runs_kind, runs = runs_of_task(task)
     attempts = list(_attempts(task))
     return TaskRow(
         id=task.id,
@@ -69,12 +69,6 @@ def _task_row(task: Task, dependencies: list[str]) -> TaskRow:
         cancel_reason=task.cancel or "",
         live=None if node is not None and node.end_seq else task,
     )
-
-
-def _runs(task: Task) -> tuple[str, str]:
-    terms, payload = task.terms, task.payload
-    argv = decode_any(payload.argv) if payload is not None and payload.argv else []
-    return shortened(terms.function, terms.shell, argv)
 
 
 def _attempts(task: Task) -> Iterator[Attempt]:

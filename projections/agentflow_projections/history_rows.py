@@ -11,6 +11,7 @@ from msgspec import Raw, Struct, field
 from agentflow.domain.life import State, WorkflowState
 from agentflow.domain.state import Task, Worker
 from agentflow.events import ObjectRef, Work
+from agentflow.frames import decode_any
 from agentflow.limits import LEVEL_FIRST
 
 RUNS_SHOWN_MAX: Final = 200
@@ -191,11 +192,17 @@ class WorkerRow(Struct, kw_only=True):
 
 def runs_of(work: Work) -> tuple[str, str]:
     """What a task runs: the kind, and the function, script or command, shortened."""
-    return shortened(work.function, work.shell, work.argv)
+    return _runs(work.function, work.shell, work.argv)
 
 
-def shortened(function: str, shell: str, argv: Sequence[Any]) -> tuple[str, str]:
-    """As `runs_of`, out of the three of which one is given."""
+def runs_of_task(task: Task) -> tuple[str, str]:
+    """As `runs_of`, out of what the fold keeps; a program with long arguments is left empty."""
+    payload = task.payload
+    argv = decode_any(payload.argv) if payload is not None and payload.argv else []
+    return _runs(task.terms.function, task.terms.shell, argv)
+
+
+def _runs(function: str, shell: str, argv: Sequence[Any]) -> tuple[str, str]:
     if function:
         return "function", function[:RUNS_SHOWN_MAX]
     if shell:

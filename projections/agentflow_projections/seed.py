@@ -14,7 +14,8 @@ import msgspec
 
 from agentflow.domain.state import Namespace, Task
 from agentflow_projections.columns import Row
-from agentflow_projections.rows import INDEXES, RUNS_SHOWN_MAX
+from agentflow_projections.history_rows import runs_of_task
+from agentflow_projections.rows import INDEXES
 
 CAUSE: Final = "task.snapshot"
 _encode: Final = msgspec.json.Encoder(order="deterministic").encode
@@ -126,10 +127,7 @@ def _locks(state: Namespace) -> Iterator[Row]:
 def _submission(state: Namespace, task: Task, workflows: dict[str, int]) -> Row:
     terms, node = task.terms, task.node
     demand = terms.demand
-    kind = "function" if terms.function else "shell" if terms.shell else "argv"
-    runs = terms.function or terms.shell.strip()[:RUNS_SHOWN_MAX]
-    if not runs and task.payload is not None:
-        runs = task.payload.argv.decode()[:RUNS_SHOWN_MAX]
+    kind, runs = runs_of_task(task)
     return (
         task.number,
         task.id,

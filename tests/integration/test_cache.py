@@ -12,11 +12,13 @@ from agentflow_nodes.cli.history import _FileHistory
 from agentflow_projections.cache import Refreshed, refresh
 from agentflow_projections.query import Question, Reader
 from tests.integration.test_archive import EVERYTHING_OLD, World, history
-from tests.unit.given import fold_all
+from tests.unit.given import fold_all, submitted
 from tests.unit.histories import History
-from tests.unit.told import trimmed_log
+from tests.unit.told import messages_of, trimmed_log
 
 OPEN = "SELECT id, state FROM tasks WHERE state IN ('pending', 'ready', 'running') ORDER BY ALL"
+
+KNOWN = "id, runs_kind, runs, client, priority, max_attempts, timeout_s, cpu, memory_mb, gpus, labels, state, workflow"
 
 
 def asked(kept: Refreshed, sql: str) -> list[Any]:
@@ -42,6 +44,22 @@ async def test_of_a_trimmed_log_it_begins_with_the_snapshot_and_goes_on(tmp_path
             assert await ours.position("80") == 80
             with pytest.raises(InvalidRequest, match="begins with position 81"):
                 await ours.position("79")
+
+
+async def test_what_the_snapshot_knows_of_a_task_is_what_was_submitted(tmp_path: Path) -> None:
+    open_ones = "FROM tasks WHERE state IN ('pending', 'ready', 'running') ORDER BY id"
+    sql = f"SELECT {KNOWN} {open_ones}"
+    told = History(11)
+    told.run(300)
+    told.scene.given(submitted("p", argv=["count", 1, "a b"]), submitted("s", shell="make\n", timeout_s=5.0))
+    messages = told.scene.messages
+    async with trimmed_log(messages, len(messages)) as (log, objects):
+        kept = await refresh(log, objects, tmp_path / "late")
+    whole = World(tmp_path / "archive", messages_of(messages))
+    whole.store(len(messages))
+    expected = asked(await refresh(whole.log, whole.objects, tmp_path / "whole"), sql)
+    assert {row[1] for row in expected} == {"function", "argv", "shell"}
+    assert asked(kept, sql) == expected
 
 
 @pytest.fixture
