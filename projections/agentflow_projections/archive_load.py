@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import Final
 
 from agentflow.domain.snapshot import SnapshotUnreadable
 from agentflow.errors import OperatingError
@@ -15,6 +18,8 @@ from agentflow_projections.archive_writer import archived_schema
 from agentflow_projections.chain import START
 from agentflow_projections.database import Checkpoint, Database
 from agentflow_projections.hydrate import StateFile
+
+_WAL_MIN: Final = "1 MiB"
 
 _log = get_logger(__name__)
 
@@ -60,12 +65,31 @@ def _fill(database: Database, stretches: Sequence[Stretch], identity: Identity) 
 
 def _load(database: Database, files: Mapping[str, Sequence[Path]], to: Checkpoint, *, at_ms: int) -> bool:
     try:
-        database.load(files, to, at_ms=at_ms)
+        with _in_bulk(database):
+            database.load(files, to, at_ms=at_ms)
     except OperatingError:
         if all(path.exists() for paths in files.values() for path in paths):
             raise
         return False
     return True
+
+
+@contextmanager
+def _in_bulk(database: Database) -> Generator[None]:
+    """Write straight into the file, with all cores: what is written so large goes through the WAL for nothing."""
+    query = "SELECT current_setting('checkpoint_threshold'), current_setting('threads')"
+    before = database.ask(query).fetchone()
+    _set(database, (_WAL_MIN, os.cpu_count() or 1))
+    try:
+        yield
+    finally:
+        _set(database, before)
+
+
+def _set(database: Database, values: tuple[str, int]) -> None:
+    threshold, threads = values
+    database.ask(f"SET checkpoint_threshold = '{threshold}'").close()
+    database.ask(f"SET threads = {threads}").close()
 
 
 def _loadable(stretches: Sequence[Stretch]) -> list[Stretch]:

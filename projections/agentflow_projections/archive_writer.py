@@ -35,6 +35,10 @@ from agentflow_projections.database import _arrow_schemas, sql
 _ZSTD_LEVEL: Final = 6
 _PAGE_BYTES: Final = 64 << 20
 """An id stands in a submission, its assignment and its outcome: the compressor has to see them together."""
+_GROUP_ROWS: Final = 122_880
+"""As many as DuckDB keeps together: then several threads load one file."""
+_GROUP_FRAMES: Final = 2_048
+"""Frames are large: so many are some 20 MB, ten times what the compressor looks back."""
 _PLAIN_TEXT: Final = frozenset({"data", "headers", "id", "runs", "title", "error", "detail", "metadata"})
 """Columns whose values hardly repeat."""
 
@@ -149,7 +153,7 @@ def write(archive: Archive, place: str, name: str, table: Any) -> ArchivedFile:
     """Write rows as a file of a stretch."""
     encodings, dictionaries = _encodings(table.schema)
     options: dict[str, Any] = {
-        "row_group_size": max(table.num_rows, 1),
+        "row_group_size": _GROUP_FRAMES if name == FRAMES else _GROUP_ROWS,
         "compression": "zstd",
         "compression_level": _ZSTD_LEVEL,
         "use_dictionary": dictionaries,
