@@ -57,7 +57,7 @@ class Trimmed:
     """A log of which the first part was trimmed, and commands that read it."""
 
     def __init__(self, url: str, log: JetStreamLog, bus: Bus, folder: Path, capsys: Any) -> None:
-        self._where = ("--nats", url, "--namespace", NAMESPACE)
+        self.url = url
         self._log = log
         self._bus = bus
         self.archive = str(folder)
@@ -80,7 +80,8 @@ class Trimmed:
     async def ask(self, *arguments: str) -> Ran:
         """Run a command in a thread, as it would run alone."""
         self._capsys.readouterr()
-        status = await asyncio.to_thread(self._run, [*arguments, *self._where])
+        where = ("--nats", self.url, "--namespace", NAMESPACE)
+        status = await asyncio.to_thread(self._run, [*arguments, *where])
         return Ran(status, *self._capsys.readouterr())
 
     @staticmethod
@@ -205,6 +206,27 @@ async def test_queries_begin_with_the_snapshot_or_with_the_archive(trimmed: Trim
     replayed = [await trimmed.ask("replay", "--json", *more) for more in ((), ("--archive", trimmed.archive))]
     assert replayed[0].rows[0]["hash"] == replayed[1].rows[0]["hash"]
     assert [each.rows[0]["first_seq"] for each in replayed] == [18, 1]
+
+
+async def test_runs_are_compared_out_of_a_file_without_a_server(trimmed: Trimmed, tmp_path: Path) -> None:
+    for number, more in enumerate(((), ("--archive", trimmed.archive))):
+        path = str(tmp_path / f"incident-{number}.parquet")
+        written = await trimmed.ask("export", path, "--json", *more)
+        assert written.rows[0]["basis"] == (0 if more else 17)
+        url, trimmed.url = trimmed.url, "nats://127.0.0.1:1"
+        (found,) = (await trimmed.ask("diff", "f", "f", "--file", path, "--json")).rows
+        trimmed.url = url
+        assert (found["first"]["tasks"], found["first"]["state"]) == (2, "completed")
+        assert (found["first"]["took_ms"] is None) is not bool(more)
+        assert found["first"] == found["second"]
+        assert "completed" in (await trimmed.ask("diff", "f", "f", "--file", path)).out
+    gone = await trimmed.ask("why", "done", "--json")
+    assert gone.status == Exit.NOT_FOUND
+    assert json.loads(gone.err)["error"].startswith(
+        "'done' is completed, but no task of which this history tells"
+    )
+    known = await trimmed.ask("why", "done", "--json", "--archive", trimmed.archive)
+    assert known.rows[0]["state"] == "completed"
 
 
 async def test_a_task_given_up_is_handed_over_again_though_its_submission_was_trimmed(
