@@ -31,7 +31,7 @@ from agentflow_nodes.master.node import Master
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
 from tests.app import add_in_thread
-from tests.cluster import audit
+from tests.cluster import all_completed
 from tests.eventually import eventually
 from tests.servers import NatsCluster, NatsServer
 
@@ -90,14 +90,8 @@ class Site:
 
     async def all_done(self) -> None:
         """Every task handed over ends, with one outcome recorded, and no node has stopped."""
-        async with asyncio.timeout(SOON_S):
-            for handle in self.handles:
-                assert (await handle.outcome()).state == "completed"
-        found = await audit(self.client)
-        outcomes = found.outcomes()
-        assert {handle.id for handle in self.handles} <= outcomes.keys()
-        assert [ended for ended in outcomes.values() if len(ended) != 1] == []
-        assert not any(task.done() for task in (*self.master._tasks, *self.worker._tasks))
+        await all_completed(self.client, self.handles, within_s=SOON_S)
+        assert not any(task.done() for task in (*self.master._tasks.running, *self.worker._tasks))
 
     async def leader(self) -> NatsServer:
         return await self.servers.leader(self.stream)
