@@ -169,6 +169,20 @@ class Audit:
         return found
 
 
+async def all_completed(
+    client: agentflow.Client, handles: Sequence[agentflow.Handle[Any]], *, within_s: float
+) -> Audit:
+    """All complete in time, each with one outcome in the log; the log then."""
+    async with asyncio.timeout(within_s):
+        for handle in handles:
+            assert (await handle.outcome()).state == "completed"
+    found = await audit(client)
+    outcomes = found.outcomes()
+    assert {handle.id for handle in handles} <= outcomes.keys()
+    assert [ended for ended in outcomes.values() if len(ended) != 1] == []
+    return found
+
+
 async def audit(client: agentflow.Client) -> Audit:
     """Read and fold the log up to its present end."""
     found = Audit(client.namespace)

@@ -23,7 +23,7 @@ from agentflow_nodes.worker.keeper import goes_on
 from tests.acceptance.test_locks import LOCK, history, holder, one_waits, tokens
 from tests.acceptance.test_replicas import PART, Site
 from tests.app import add, add_in_thread, whoami
-from tests.cluster import Audit, Cluster, Process, audit
+from tests.cluster import Audit, Cluster, Process, all_completed, audit
 from tests.eventually import eventually
 from tests.hard import journal
 from tests.integration import test_faults
@@ -62,18 +62,6 @@ async def _rejoined(client: agentflow.Client, name: str) -> None:
     await eventually(twice, within_s=SOON_S)
 
 
-async def _complete(client: agentflow.Client, handles: list[agentflow.Handle[Any]]) -> Audit:
-    """All complete, each with one outcome in the log; the log then."""
-    async with asyncio.timeout(SOON_S):
-        for handle in handles:
-            assert (await handle.outcome()).state == "completed"
-    found = await audit(client)
-    outcomes = found.outcomes()
-    assert {handle.id for handle in handles} <= outcomes.keys()
-    assert [ended for ended in outcomes.values() if len(ended) != 1] == []
-    return found
-
-
 # Tasks -----------------------------------------------------------------------------------
 
 
@@ -86,7 +74,7 @@ async def test_an_acknowledged_submission_is_never_lost(cluster: Cluster) -> Non
         await cluster.server.start()
     await cluster.leader()
     await _worker(cluster, "w1")
-    await _complete(client, handles)
+    await all_completed(client, handles, within_s=SOON_S)
     assert await handles[-1].result() == 199 + 2
 
 
@@ -103,7 +91,7 @@ async def test_a_task_may_start_more_than_once_exactly_one_outcome_is_recorded(
     await _worker(cluster, "heir")
     await _said(client, "task.started", id=handle.id, attempt=2)
     go.touch()
-    found = await _complete(client, [handle])
+    found = await all_completed(client, [handle], within_s=SOON_S)
     assert lines.read_text().splitlines() == ["1 victim", "2 heir"]
     assert found.about(handle.id).count("task.completed") == 1
 
@@ -170,7 +158,7 @@ async def test_inside_one_priority_tasks_of_equal_demand_are_assigned_first_in_f
     handles += await client.submit_many(whoami, [()] * 50)
     await cluster.leader()
     await _worker(cluster, "w1")
-    found = await _complete(client, handles)
+    found = await all_completed(client, handles, within_s=SOON_S)
     assigned = [getattr(logged.event, "id", "") for logged in found.of_kind("task.assigned")]
     assert assigned == [handle.id for handle in handles]
 
@@ -190,7 +178,7 @@ async def test_at_most_one_master_decides(cluster: Cluster) -> None:
     await _said(client, "leader.elected", master="second")
     handles += await client.submit_many(add_in_thread, [(n, 1) for n in range(1_000)])
     paused.send(signal.SIGCONT)
-    found = await _complete(client, handles)
+    found = await all_completed(client, handles, within_s=SOON_S)
     elected = [logged.event for logged in found.of_kind("leader.elected")]
     epochs = [event.epoch for event in elected if isinstance(event, LeaderElected)]
     assert epochs == list(range(1, len(epochs) + 1)), "every epoch has one master"
@@ -210,7 +198,7 @@ async def test_another_master_goes_on_where_a_dead_one_stopped(cluster: Cluster)
     await first.kill()
     await eventually(lambda: second.leading)
     handles += await client.submit_many(add_in_thread, [(n, 1) for n in range(100)])
-    found = await _complete(client, handles)
+    found = await all_completed(client, handles, within_s=SOON_S)
     assert [getattr(each.event, "master", "") for each in found.of_kind("leader.elected")] == [
         "first",
         "second",

@@ -29,6 +29,7 @@ from agentflow_projections.projector import Projector
 from tests.app import add
 from tests.cluster import Cluster, audit
 from tests.eventually import eventually
+from tests.rows import rows_in
 from tests.servers import NatsServer
 from tests.unit.dump import dump
 
@@ -73,13 +74,6 @@ async def project(url: str, path: Path) -> tuple[str, int]:
             return state_hash(projector.state), begun
 
 
-def rows_of(path: Path) -> dict[str, list[tuple[Any, ...]]]:
-    """Everything a file holds, in the order it was written."""
-    with Database(path, "default") as database:
-        names = database.ask("SELECT table_name FROM duckdb_tables() ORDER BY 1").fetchall()
-        return {name: database.ask(f'FROM "{name}"').fetchall() for (name,) in names}
-
-
 async def last_seq(bus: Bus) -> int:
     async with JetStreamLog(bus, "default") as log:
         return (await log.identity()).last_seq
@@ -102,7 +96,7 @@ async def test_killed_again_and_again_under_load_it_loses_and_doubles_nothing(
     found, _ = await project(cluster.url, path)
     fresh, _ = await project(cluster.url, tmp_path / "fresh.duckdb")
     assert found == fresh
-    assert rows_of(path) == rows_of(tmp_path / "fresh.duckdb")
+    assert rows_in(path, "default") == rows_in(tmp_path / "fresh.duckdb", "default")
     assert begun == sorted(begun), "what was committed stayed"
     assert begun[-1] > 0
     assert not path.with_name(f"{path.name}.damaged").exists(), "no kill cost the file"

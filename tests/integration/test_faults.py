@@ -30,7 +30,7 @@ from agentflow_nodes.master.node import Master
 from agentflow_nodes.worker.config import WorkerConfig
 from agentflow_nodes.worker.node import Worker
 from tests.app import add, add_in_thread, wait_for_file, whoami
-from tests.cluster import Audit, Cluster, audit
+from tests.cluster import Audit, Cluster, all_completed, audit
 from tests.eventually import eventually
 from tests.faultproxy import FaultProxy
 
@@ -44,13 +44,7 @@ TICK_S = 0.1
 
 async def _all_end(client: agentflow.Client, handles: Sequence[agentflow.Handle[Any]]) -> Audit:
     """All end within time; what the log says of it."""
-    async with asyncio.timeout(SOON_S):
-        for handle in handles:
-            assert (await handle.outcome()).state == "completed"
-    found = await audit(client)
-    outcomes = found.outcomes()
-    assert {handle.id for handle in handles} <= outcomes.keys()
-    assert [ended for ended in outcomes.values() if len(ended) != 1] == []
+    found = await all_completed(client, handles, within_s=SOON_S)
     assert not found.state.tasks
     return found
 

@@ -25,13 +25,13 @@ from agentflow_projections.hydrate import StateFile
 from agentflow_projections.projector import Projector
 from agentflow_projections.rows import Recorder
 from tests.golden.record import SCENES, read_log
+from tests.rows import Rows, all_rows
 from tests.unit import reference_fold
 from tests.unit.given import NAMESPACE, Logged, fold_all
 from tests.unit.histories import History
 from tests.unit.reference_fold import Fold
 
 SEEDS = st.integers(0, 2**32)
-Rows = dict[str, list[tuple[Any, ...]]]
 
 
 def messages_of(found: Sequence[Logged]) -> list[Message]:
@@ -183,13 +183,7 @@ def test_whatever_the_batches_the_rows_are_the_same(seed: int) -> None:
 def rows_after(messages: Sequence[Message], batch: int) -> Rows:
     with Database(None, NAMESPACE) as database:
         project(database, messages, batch=batch)
-        return rows_of(database)
-
-
-def rows_of(database: Database) -> Rows:
-    """All that is in the file but the snapshot, which says nothing of its own."""
-    query = "SELECT table_name FROM duckdb_tables() WHERE table_name != 'snapshots' ORDER BY 1"
-    return {name: table(database, f'FROM "{name}"') for (name,) in table(database, query)}
+        return all_rows(database)
 
 
 def begun_anew(database: Database, kept: bytes | None) -> Recorder:
@@ -214,7 +208,7 @@ def test_a_restart_at_every_position_changes_nothing(tmp_path: Path, keep: bool)
         if keep and message.seq % 3 == 0:
             kept = snapshot(recorder.state)
     with Database(tmp_path / "history.duckdb", NAMESPACE) as database:
-        assert rows_of(database) == rows_after(messages, len(messages))
+        assert all_rows(database) == rows_after(messages, len(messages))
 
 
 async def project_on(log: MemoryLog, path: Path, until: int, *, keep: bool) -> Rows:
@@ -226,7 +220,7 @@ async def project_on(log: MemoryLog, path: Path, until: int, *, keep: bool) -> R
             await projector.run(until=until)
         finally:
             await projector.close()
-        return rows_of(database)
+        return all_rows(database)
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["from the frames", "from the state beside it"])

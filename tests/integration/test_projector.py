@@ -25,6 +25,7 @@ from agentflow_projections.database import Database
 from agentflow_projections.hydrate import StateFile, history_path, hydrate
 from agentflow_projections.projector import Projector
 from tests.eventually import eventually
+from tests.rows import Rows, rows_in
 from tests.unit.given import NAMESPACE, fold_all
 from tests.unit.histories import History
 
@@ -75,16 +76,11 @@ class World:
             return await log.identity()
 
 
-def rows_of(path: Path) -> dict[str, list[tuple[Any, ...]]]:
-    """Everything a file holds, by table, in the order it was written."""
-    with Database(path, NAMESPACE) as database:
-        names = [
-            name for (name,) in database.ask("SELECT table_name FROM duckdb_tables() ORDER BY 1").fetchall()
-        ]
-        return {name: database.ask(f'FROM "{name}"').fetchall() for name in names}
+def rows_of(path: Path) -> Rows:
+    return rows_in(path, NAMESPACE)
 
 
-async def expected_rows(world: World, folder: Path) -> dict[str, list[tuple[Any, ...]]]:
+async def expected_rows(world: World, folder: Path) -> Rows:
     """What a projection made in one go holds."""
     path, world.path = world.path, folder / "fresh.duckdb"
     try:

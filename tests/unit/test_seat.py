@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 
 from agentflow import wire
 from agentflow.domain.state import Namespace
@@ -18,7 +18,7 @@ from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.seat import Seat
 from agentflow_nodes.master.sessions import Sessions
 from agentflow_nodes.master.sharing import Session
-from tests.sim.loop import new_loop
+from tests.unit.simulated import in_simulated_time
 
 TTL_S = 3
 NAMESPACE = "default"
@@ -126,24 +126,17 @@ class Master:
         await end_tasks(*self.tasks)
 
 
-def simulated(scenario: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
-    """A test in simulated time."""
+@asynccontextmanager
+async def opened() -> AsyncGenerator[World]:
+    world = World()
+    try:
+        await world.log.__aenter__()
+        yield world
+    finally:
+        await end_tasks(*(task for master in world.masters for task in master.tasks))
 
-    async def run() -> None:
-        world = World()
-        try:
-            await world.log.__aenter__()
-            await scenario(world)
-        finally:
-            await end_tasks(*(task for master in world.masters for task in master.tasks))
 
-    def test() -> None:
-        loop = new_loop(random.Random(1))
-        loop.run(run())
-        assert not loop.errors
-
-    test.__doc__ = scenario.__doc__
-    return test
+simulated = in_simulated_time(opened)
 
 
 @simulated

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import random
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 
 from agentflow import wire
 from agentflow.ending import end_tasks
@@ -12,7 +12,7 @@ from agentflow.frames import encode
 from agentflow.leases.memory import Fault, MemoryLeases, MemoryLeaseServer
 from agentflow_nodes.master.sessions import Sessions
 from agentflow_nodes.master.sharing import SeatReport, Session, Standing
-from tests.sim.loop import new_loop
+from tests.unit.simulated import in_simulated_time
 
 TTL_S = 3
 BUCKET = wire.LEASE_BUCKET
@@ -102,23 +102,16 @@ class Master:
         await end_tasks(self.task)
 
 
-def simulated(scenario: Callable[[World], Awaitable[None]]) -> Callable[[], None]:
-    """A test in simulated time."""
+@asynccontextmanager
+async def opened() -> AsyncGenerator[World]:
+    world = World()
+    try:
+        yield world
+    finally:
+        await end_tasks(*(master.task for master in world.masters))
 
-    async def run() -> None:
-        world = World()
-        try:
-            await scenario(world)
-        finally:
-            await end_tasks(*(master.task for master in world.masters))
 
-    def test() -> None:
-        loop = new_loop(random.Random(1))
-        loop.run(run())
-        assert not loop.errors
-
-    test.__doc__ = scenario.__doc__
-    return test
+simulated = in_simulated_time(opened)
 
 
 @simulated
