@@ -175,9 +175,8 @@ async def _wanted(past: LoggedPast, given: Sequence[str]) -> list[Quarantined]:
                 raise CliError(
                     f"{each} is {row.state}, not quarantined: nothing was handed over", Exit.REJECTED
                 )
-            if history.state.closed.get(each) is not None:
-                raise not_found(ended_before(history, each))
-            raise not_found(f"no task is called {each!r}; 'agentflow quarantine' lists those given up")
+            unknown = f"no task is called {each!r}; 'agentflow quarantine' lists those given up"
+            raise not_found(ended_before(history, each) or unknown)
     return [known[task_id] for task_id in dict.fromkeys(given)]
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agentflow import ids
-from agentflow.domain.life import FINAL, State
+from agentflow.domain.life import FINAL, State, WorkflowState
 from agentflow.events import TaskCompleted, TaskFailed
 from agentflow.frames import judge
 from agentflow_nodes.cli.errors import not_found, usage
@@ -86,16 +86,20 @@ def _unknown(history: History, wanted: str) -> str:
     for refused in history.refused:
         if ids.derived(refused.seq, refused.index) == wanted:
             return f"{wanted!r} was rejected: {refused.reason}: {refused.detail}"
-    if history.state.closed.get(wanted) is not None:
-        return ended_before(history, wanted)
-    return f"no task is called {wanted!r}; 'agentflow tasks' lists them"
+    return ended_before(history, wanted) or f"no task is called {wanted!r}; 'agentflow tasks' lists them"
 
 
-def ended_before(history: History, wanted: str) -> str:
-    """Of a task or workflow that ended before what the history knows."""
-    state, where = history.state.status(wanted)
-    position = ".".join(map(str, where))
-    return f"{wanted!r} is {state} since position {position}, which was trimmed: --archive DIR has it"
+def ended_before(history: History, wanted: str) -> str | None:
+    """Of a task or workflow that ended before what the history knows: what is known, and who knows more."""
+    key = wanted if history.state.closed.get(wanted) is not None else ids.workflow_of(wanted) or ""
+    closed = history.state.closed.get(key)
+    if closed is None:
+        return None
+    kind = "workflow" if isinstance(closed.state, WorkflowState) else "task"
+    return (
+        f"{key!r} is {closed.state} since position {closed.seq}.{closed.index}, which was trimmed: --archive DIR"
+        f" has it, and a projector that followed then ('agentflow report {kind} {key}')"
+    )
 
 
 async def complete(past: LoggedPast, row: TaskRow) -> None:

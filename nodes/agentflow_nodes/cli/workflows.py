@@ -58,9 +58,7 @@ async def _workflow(where: Target, wanted: str, archive: str | None, *, as_json:
 def _unknown(history: History, wanted: str) -> str:
     if wanted in history.tasks:
         return f"{wanted!r} is a task: see 'agentflow task {wanted}'"
-    if history.state.closed.get(wanted) is not None:
-        return ended_before(history, wanted)
-    return f"no workflow is called {wanted!r}"
+    return ended_before(history, wanted) or f"no workflow is called {wanted!r}"
 
 
 def workflow_tree(row: WorkflowRow, now_ms: int) -> Tree:
