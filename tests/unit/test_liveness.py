@@ -102,7 +102,8 @@ def test_one_that_is_always_a_little_behind_lives() -> None:
 def test_nonsense_is_no_heartbeat() -> None:
     ward = Ward()
     ward.after(0.0)
-    for data in (b"", b"{}", b'{"incarnation":"7","read":0}', b"\xff"):
+    deep = b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    for data in (b"", b"{}", b'{"incarnation":"7","read":0}', b"\xff", deep):
         ward.now += 2.0
         ward.liveness._on_heartbeat(wire.heartbeat("default", "w1"), data, "", None)
     assert ward.after(0.0) == ["no heartbeat for 5 s"]

@@ -107,8 +107,9 @@ def test_the_first_in_line_says_what_kind_of_lock_it_is() -> None:
         made.require_agreement(wire.lock_key(NAME, "4"))
 
 
-def test_what_is_no_ticket_blocks_until_it_is_silent_and_is_not_listed() -> None:
-    foreign = Entry(wire.lock_key(NAME, "x"), b"by hand", 60, epoch=1, revision=1, seen=0.0)
+@pytest.mark.parametrize("value", [b"by hand", b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"], ids=len)
+def test_what_is_no_ticket_blocks_until_it_is_silent_and_is_not_listed(value: bytes) -> None:
+    foreign = Entry(wire.lock_key(NAME, "x"), value, 60, epoch=1, revision=1, seen=0.0)
     assert before(line(foreign, entry(2)), 2) == [1]
     assert in_lines([foreign]) == {}
 

@@ -313,11 +313,12 @@ async def test_junk_is_no_master_and_goes(world: World) -> None:
             "junk": b"\xff{",
             "empty": b"",
             "number": b"7",
+            "deep": b'{"name":"deep","x":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
             "false-seats": b'{"name":"false-seats","instance":"i","seats":{"x":{"standing":"king"}}}',
             "liar": encode(Session("a", "b", seats={"x": SeatReport(Standing.LEADER, 99)})),
         }.items():
             assert await leases.acquire(wire.master_session(name), value, TTL_S) is not None
-    await world.until(lambda: {"junk", "liar"} <= a.known)
+    await world.until(lambda: {"junk", "deep", "liar"} <= a.known)
     assert all(not each.seats for each in a.sessions.alive() if each.instance != a.instance)
     await world.until(lambda: a.known == {"a"}, within_s=TTL_S + 1)
     assert a.held

@@ -101,7 +101,7 @@ class FoldHashes:
     def _on_told(self, _subject: str, data: bytes, _reply: str, _headers: object) -> None:
         try:
             told = _decode(data)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             _log.debug("a fold's hash could not be read", error=str(error))
             return
         if told.form != FORM or told.instance == self._instance:

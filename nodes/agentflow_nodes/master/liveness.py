@@ -139,7 +139,7 @@ class Liveness:
         worker = subject.rpartition(".")[2]
         try:
             beat = _decode(data)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             _log.warning("a heartbeat could not be read", worker=worker[:64], error=str(error))
             return
         now = self._clock()

@@ -290,7 +290,7 @@ def _session(entry: Entry) -> Session:
     name = entry.key.rpartition(".")[2]
     try:
         session = _decode(entry.value)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         _log.warning("a session could not be read", key=entry.key, error=str(error))
         return Session(name, "")
     if session.name != name:

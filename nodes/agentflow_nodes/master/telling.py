@@ -154,7 +154,7 @@ class Services:
             return
         try:
             wanted = decode_status_request(data).ids
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, RecursionError) as error:
             self._answer(reply, encode({"error": f'expected {{"ids": [...]}}: {error}'}))
             return
         state = self._state
