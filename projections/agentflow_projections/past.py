@@ -115,9 +115,10 @@ class LoggedPast:
 
         Raises LogTrimmed if the snapshot cannot be used, ObjectMissing, LogGone, Disconnected.
         """
-        begun = None
-        if objects is not None and (await log.identity()).trim is not None:
-            begun, _ = await fetch_snapshot(log, objects)
+        identity = await log.identity()
+        if objects is None or identity.trim is None:
+            return cls(log, identity, objects)
+        begun, _ = await fetch_snapshot(log, objects)
         return cls(log, await log.identity(), objects, begun)
 
     @property

@@ -206,6 +206,9 @@ async def test_queries_begin_with_the_snapshot_or_with_the_archive(trimmed: Trim
     replayed = [await trimmed.ask("replay", "--json", *more) for more in ((), ("--archive", trimmed.archive))]
     assert replayed[0].rows[0]["hash"] == replayed[1].rows[0]["hash"]
     assert [each.rows[0]["first_seq"] for each in replayed] == [18, 1]
+    for more in ((), ("--archive", trimmed.archive), ()):
+        (verified,) = (await trimmed.ask("replay", "--verify", "--json", *more)).rows
+        assert (verified["same"], verified["seq"]) == (True, 22)
 
 
 async def test_runs_are_compared_out_of_a_file_without_a_server(trimmed: Trimmed, tmp_path: Path) -> None:
