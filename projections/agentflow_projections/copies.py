@@ -47,21 +47,23 @@ class _Copy:
         self.source: Final = database
         self.reach: Final = reach_now(database)
         self.users = 0
-        self._folder = tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
         # Held until this process ends, however it does: what nobody holds is nobody's.
-        self._held = os.open(self._folder.name, os.O_RDONLY | os.O_DIRECTORY)
+        self._held = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._held, fcntl.LOCK_EX)
-        self.path: Final = Path(self._folder.name) / "db"
+        # Only now has it a name by which others look for such.
+        self._folder = made.rename(made.with_name(made.name.removeprefix(".")))
+        self.path: Final = self._folder / "db"
         try:
             database.copy_to(self.path)
-            _give(Path(self._folder.name))
+            _give(self._folder)
         except BaseException:
             self.remove()
             raise
 
     def remove(self) -> None:
         """Remove it; doing it twice is harmless."""
-        self._folder.cleanup()
+        shutil.rmtree(self._folder, ignore_errors=True)
         held, self._held = self._held, -1
         if held >= 0:
             os.close(held)
