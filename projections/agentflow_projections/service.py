@@ -130,7 +130,7 @@ class QueryService:
             await self._try(data, out)
         except Disconnected:  # whoever asked asks again
             pass
-        except AgentFlowError as error:
+        except (AgentFlowError, OSError) as error:  # OSError: no process, no room for a copy
             with suppress(Disconnected):
                 await out.error(_kind(error), str(error))
         except Exception:  # noqa: BLE001 - one question must not end the service
@@ -232,7 +232,7 @@ def _decoded(data: bytes) -> Request:
     return request
 
 
-def _kind(error: AgentFlowError) -> str:
+def _kind(error: Exception) -> str:
     match error:
         case InvalidRequest():
             return "invalid"

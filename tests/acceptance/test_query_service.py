@@ -276,3 +276,15 @@ async def test_a_question_that_is_too_large_for_a_message_is_an_error(
 
 def test_the_subject_is_the_one_documented() -> None:
     assert wire.service(NAMESPACE, wire.QUERY_SERVICE) == SUBJECT
+
+
+async def test_where_no_copy_can_be_made_who_asks_is_told_why(
+    bus: Bus, service: QueryService, copies: Path
+) -> None:
+    copies.rename(copies.with_suffix(".away"))
+    try:
+        with pytest.raises(OperatingError, match="No such file or directory"):
+            await ask(bus, sql="SELECT 1")
+    finally:
+        copies.with_suffix(".away").rename(copies)
+    assert (await ask(bus, sql="SELECT 1"))["rows"] == [[1]]
