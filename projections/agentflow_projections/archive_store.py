@@ -31,7 +31,8 @@ UNFINISHED: Final = ".unfinished"
 """How a file ends that is being written in a folder."""
 
 _CONNECT_S_MAX: Final = 5.0
-_REQUEST_S_MAX: Final = 30.0
+_REQUEST_S_MAX: Final = 10.0
+"""Without a byte; three times, then it is said. A slow line is none that is silent."""
 _ATTEMPTS_MAX: Final = 3
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _REGIONS: Final = ("AWS_REGION", "AWS_DEFAULT_REGION")
