@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import psutil
 import pytest
 
 from agentflow.errors import InvalidRequest, OperatingError
@@ -30,6 +31,7 @@ from agentflow_projections.sandbox import (
     Sandbox,
 )
 from agentflow_projections.sandboxed import locked_down
+from tests.eventually import eventually
 from tests.integration.test_queries import written
 from tests.unit.histories import History
 
@@ -382,6 +384,36 @@ async def _require_told(history: Path, sql: str) -> None:
         said = str(error)
     assert loop.time() - begun < limits.deadline_s + 1, sql[:80]
     assert not said or LIMITS_NAMED.search(said), (sql[:80], said)
+
+
+_ASKER = """
+import asyncio, sys
+from contextlib import aclosing
+from agentflow_projections.query import Question
+from agentflow_projections.sandbox import Deadline, Job, Limits, Sandbox
+
+async def ask():
+    limits = Limits(deadline_s=60)
+    job = Job(sys.argv[1], Question(sys.argv[2]), arrow=False, rows_max=1, limits=limits)
+    async with aclosing(Sandbox(limits).ask(job, Deadline.after(60))) as frames:
+        async for _ in frames:
+            print("asked", flush=True)
+
+asyncio.run(ask())
+"""
+
+
+async def test_the_process_dies_with_who_started_it(history: Path) -> None:
+    asker = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _ASKER, str(history), "SELECT count(*) FROM range(1000000000000)"),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert asker.stdout is not None
+    assert await asker.stdout.readline() == b"asked\n", "the columns are told before the rows are counted"
+    (answering,) = psutil.Process(asker.pid).children()
+    asker.kill()
+    await asker.wait()
+    await eventually(lambda: not answering.is_running() or answering.status() == psutil.STATUS_ZOMBIE)
 
 
 async def test_who_waits_too_long_for_a_turn_is_told(history: Path) -> None:
