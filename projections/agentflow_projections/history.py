@@ -5,7 +5,7 @@ with the fold's verdict and the steps that tasks took because of it, and writes 
 decides nothing itself, so it cannot come to another result.
 
 It lives in memory and keeps a row for everything it is told to `keep`: a log of a million
-tasks takes about a gigabyte if everything is kept.
+tasks takes about a gigabyte if everything is kept. Who shows the `latest` only keeps these.
 """
 
 from __future__ import annotations
@@ -61,11 +61,21 @@ from agentflow_projections.past import TO_THE_END, Past, Progress, Until, walk
 
 REFUSED_MAX: Final = 10_000
 """Latest refused events kept; `Namespace.quarantined` and `.rejected` count them all."""
+_LOOK_AT_MIN: Final = 1_000
 TAIL_KEPT_MAX: Final = 4_096
 """Characters kept of a tail of output; the event at the attempt's position has all of it."""
 
 Keep = Callable[[str], bool]
 """Says of the id of a task outside a workflow, or of a workflow, whether rows are kept."""
+
+
+class Latest(Struct, frozen=True):
+    """Which tasks are enough, of those that have ended."""
+
+    states: frozenset[str]
+    """Only these; none: all."""
+    limit: int
+    """The latest so many of them."""
 
 
 class Refused(Struct, frozen=True, kw_only=True):
@@ -86,14 +96,26 @@ class Refused(Struct, frozen=True, kw_only=True):
 class History:
     """Rows of a namespace, up to date with `state.seq`."""
 
-    def __init__(self, namespace: str, *, keep: Keep | None = None, begun: Namespace | None = None) -> None:
+    def __init__(
+        self,
+        namespace: str,
+        *,
+        keep: Keep | None = None,
+        latest: Latest | None = None,
+        begun: Namespace | None = None,
+    ) -> None:
         """`begun`: the state before the first message, of which it begins with rows, too; changed from then on."""
         self.state: Final = begun or Namespace(namespace)
         self.tasks: Final[dict[str, TaskRow]] = {}
         self.workflows: Final[dict[str, WorkflowRow]] = {}
         self.workers: Final[dict[str, WorkerRow]] = {}
         self.refused: Final[deque[Refused]] = deque(maxlen=REFUSED_MAX)
+        self.forgotten = 0
+        """Rows not kept because the latest are enough; of those in the states asked for."""
         self._keep = keep
+        self._latest = latest
+        self._look_at = _LOOK_AT_MIN
+        """Rows are looked through for those to forget once there are so many."""
         self._kind = ""
         self._parts: Sequence[tuple[At, WorkflowPart]] = ()
         """Those that came directly before the message."""
@@ -122,6 +144,9 @@ class History:
         self._kind, self._parts = judged.kind, tuple(self.state.parts)
         verdicts = fold(self.state, message.seq, message.time_ns, judged, self._observe)
         self._take_ended()
+        if len(self.tasks) > self._look_at and self._latest is not None:
+            self._forget(self._latest)
+            self._look_at = max(_LOOK_AT_MIN, 2 * len(self.tasks))
         return verdicts
 
     def worker_rows(self) -> list[WorkerRow]:
@@ -131,6 +156,22 @@ class History:
                 row.held = len(row.live.held)
                 row.completed, row.failed = row.live.completed, row.live.failed
         return sorted(self.workers.values(), key=lambda row: row.incarnation)
+
+    def _forget(self, latest: Latest) -> None:
+        """Forget rows of what has ended but the latest, which are enough."""
+        ended = [row for row in self.tasks.values() if row.live is None and self._is_over(row)]
+        asked = [row for row in ended if not latest.states or row.state in latest.states]
+        kept = {row.id for row in asked[-latest.limit :]}
+        self.forgotten += len(asked) - len(kept)
+        for row in ended:
+            if row.id not in kept:
+                del self.tasks[row.id]
+                self.workflows.pop(row.workflow, None)
+
+    def _is_over(self, row: TaskRow) -> bool:
+        """Whether nobody will look at the task again: its workflow has ended, too."""
+        workflow = self.workflows.get(row.workflow)
+        return workflow is None or workflow.state is not WorkflowState.RUNNING
 
     def _wants(self, key: str) -> bool:
         """Whether rows are kept for a task outside a workflow, or a workflow."""
@@ -378,9 +419,14 @@ def _tail(text: str) -> str:
 
 
 async def read_history(
-    past: Past, *, until: Until = TO_THE_END, progress: Progress | None = None, keep: Keep | None = None
+    past: Past,
+    *,
+    until: Until = TO_THE_END,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
+    latest: Latest | None = None,
 ) -> History:
     """Read a past from its beginning to its end, or to `until`. Raises what the past raises."""
-    history = History(past.namespace, keep=keep, begun=past.begin())
+    history = History(past.namespace, keep=keep, latest=latest, begun=past.begin())
     await walk(past, history.state, history.apply, until=until, progress=progress)
     return history

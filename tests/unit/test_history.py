@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import pytest
 
 from agentflow.domain.life import State, WorkflowState
 from agentflow.events import (
@@ -25,10 +26,15 @@ from agentflow.events import (
 from agentflow.frames import encode
 from agentflow.log.memory import MemoryLog, MemoryServer
 from agentflow.log.port import Frame, Message
-from agentflow_projections.history import History, read_history
+from agentflow_nodes.cli.tasks import Wanted, task_document
+from agentflow_projections import history
+from agentflow_projections.history import History, Latest, read_history
 from agentflow_projections.history_rows import WorkerState
 from agentflow_projections.past import LoggedPast, Until
 from tests.story import BEGIN_NS, Story, chain
+from tests.unit import histories
+from tests.unit.given import NAMESPACE
+from tests.unit.told import messages_of
 
 
 def test_a_task_from_submission_to_result() -> None:
@@ -246,6 +252,28 @@ def test_only_what_is_wanted_is_kept() -> None:
     story.say("w1", TaskFailed(id="other/a", attempt=1, incarnation=worker, error="exit"))
     assert list(story.history.workflows) == ["flow"]
     assert {row.workflow for row in story.history.tasks.values()} == {"flow"}
+
+
+@pytest.mark.parametrize(
+    "states", [frozenset[str](), frozenset({"failed"}), frozenset({"ready", "completed"})]
+)
+@pytest.mark.parametrize("limit", [1, 7])
+def test_who_wants_the_latest_only_gets_them_and_no_more_are_kept(
+    states: frozenset[str], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "_LOOK_AT_MIN", 10)
+    for seed in range(4):
+        whole, latest = History(NAMESPACE), History(NAMESPACE, latest=Latest(states, limit))
+        for message in messages_of(histories.History(seed).run(500)):
+            whole.apply(message)
+            latest.apply(message)
+        wanted = Wanted(states, "", limit)
+        expected, found = wanted.among(whole), wanted.among(latest)
+        assert [task_document(row, 0) for row in found[-limit:]] == [
+            task_document(row, 0) for row in expected[-limit:]
+        ]
+        assert len(found) + latest.forgotten == len(expected)
+        assert len(latest.tasks) < len(whole.tasks)
 
 
 def test_a_message_seen_twice_changes_nothing() -> None:

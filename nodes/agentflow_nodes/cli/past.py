@@ -19,7 +19,7 @@ from agentflow_nodes.cli.output import DIM, say
 from agentflow_nodes.cli.progress import bar
 from agentflow_nodes.cli.session import Target, open_client, open_stores
 from agentflow_nodes.namespaces import collect_garbage_seldom
-from agentflow_projections.history import History, Keep, read_history
+from agentflow_projections.history import History, Keep, Latest, read_history
 from agentflow_projections.past import LoggedPast, Past, Until
 
 MOMENT: Final = "POSITION|TIME"
@@ -150,8 +150,8 @@ def tell_beginning(known_from: int) -> None:
         )
 
 
-async def load(past: Past, *, keep: Keep | None = None) -> History:
+async def load(past: Past, *, keep: Keep | None = None, latest: Latest | None = None) -> History:
     """Fold a history to its end, showing how far it is if that takes a while."""
     collect_garbage_seldom()
     with bar("Reading the log") as tell:
-        return await read_history(past, progress=tell, keep=keep)
+        return await read_history(past, progress=tell, keep=keep, latest=latest)

@@ -31,7 +31,7 @@ from agentflow_nodes.cli.output import (
 )
 from agentflow_nodes.cli.past import Archive, load, open_logged
 from agentflow_nodes.cli.session import Target, client_logs, now_ms, run, target
-from agentflow_projections.history import History
+from agentflow_projections.history import History, Latest
 from agentflow_projections.history_begun import fill
 from agentflow_projections.history_rows import Attempt, TaskRow
 from agentflow_projections.past import LoggedPast
@@ -170,7 +170,9 @@ class Wanted(msgspec.Struct, frozen=True):
 
 async def _tasks(where: Target, wanted: Wanted, archive: str | None, *, as_json: bool) -> None:
     async with open_logged(where, archive, quiet=as_json) as past:
-        history = await load(past, keep=(lambda key: key == wanted.workflow) if wanted.workflow else None)
+        keep = (lambda key: key == wanted.workflow) if wanted.workflow else None
+        latest = Latest(wanted.states, wanted.limit) if wanted.limit else None
+        history = await load(past, keep=keep, latest=latest)
         found = wanted.among(history)
         shown = found[-wanted.limit :]
         await fill(past, shown)
@@ -179,11 +181,12 @@ async def _tasks(where: Target, wanted: Wanted, archive: str | None, *, as_json:
             print_json({**task_document(row, now_ms(history)), "known_from": past.known_from})
         return
     if not shown:
-        say("No such tasks." if history.tasks else "No tasks yet: 'agentflow submit' hands one over.", DIM)
+        say("No such tasks." if history.state.accepted else "No tasks yet: 'agentflow submit' hands one over.", DIM)
         return
     console().print(task_table(shown, now_ms(history)))
-    if len(shown) < len(found):
-        say(f"the latest {len(shown)} of {len(found)}; --limit shows more", DIM)
+    count = len(found) + history.forgotten
+    if len(shown) < count:
+        say(f"the latest {len(shown)} of {count}; --limit shows more", DIM)
 
 
 def task_table(rows: list[TaskRow], now_ms: int, *, inside: bool = False) -> Table:
