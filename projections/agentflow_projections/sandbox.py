@@ -170,7 +170,7 @@ def _death(status: int, limits: Limits) -> str:
     if status == -signal.SIGXCPU:
         return f"a question may take {limits.deadline_s:g} s of CPU"
     return (
-        f"a question may take {limits.address_space_mb} MiB of memory, and nest so deep:"
+        f"a question may take {limits.address_space_mb} MiB of memory and be nested only so deep:"
         f" the process that answered died with {status}"
     )
 
