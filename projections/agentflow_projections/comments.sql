@@ -127,7 +127,7 @@ COMMENT ON COLUMN workers.joined_at IS 'When it joined, log time in UTC.';
 COMMENT ON COLUMN workers.ended_at IS 'When it left, was given up, or joined anew; NULL while it lives.';
 
 COMMENT ON VIEW leaders IS 'Every election: who led, from when to when.';
-COMMENT ON COLUMN leaders.epoch IS 'Number of the term: the position of its election.';
+COMMENT ON COLUMN leaders.epoch IS 'Number of the term; it rises by one with each election.';
 COMMENT ON COLUMN leaders.master IS 'Name of the master that was elected.';
 COMMENT ON COLUMN leaders.level IS 'Contract level in force from this election on.';
 COMMENT ON COLUMN leaders.elected_at IS 'When it was elected, log time in UTC.';
