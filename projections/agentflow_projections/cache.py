@@ -19,8 +19,10 @@ from agentflow_projections.archive_load import load
 from agentflow_projections.archived_log import ArchivedLog
 from agentflow_projections.database import Checkpoint, Database, DatabaseLocked
 from agentflow_projections.hydrate import StateFile
+from agentflow_projections.past import LoggedPast
 from agentflow_projections.projector import Projector
 from agentflow_projections.seed import seed
+from agentflow_projections.submissions import Submissions
 from agentflow_projections.trimmed import fetch_snapshot
 
 KEPT_S_MAX: Final = 30 * 86_400
@@ -136,7 +138,11 @@ async def _begin_with_snapshot(source: _Source, database: Database, kept: StateF
     state, chain = await fetch_snapshot(source.log, source.objects)
     identity = await source.log.identity()
     begin = Checkpoint(identity.name, identity.created_ns, state.seq + 1, state.seq, chain)
-    database.commit(seed(state), begin, at_ms=state.clock_ms)
+    positions = {task.seq for task in state.tasks.values()}
+    positions |= {workflow.seq for workflow in state.workflows.values()}
+    past = LoggedPast(source.log, identity, source.objects)
+    rows = seed(state, Submissions(await past.read(positions)))
+    database.commit(rows, begin, at_ms=state.clock_ms)
     kept.write(kept.prepare(state, (identity.name, identity.created_ns), chain))
 
 

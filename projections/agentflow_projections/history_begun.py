@@ -13,9 +13,8 @@ import msgspec
 
 from agentflow.domain.life import State
 from agentflow.domain.state import Namespace, Node, Payload, Task
-from agentflow.events import Needs, TaskSubmitted, Work, WorkerJoined, WorkflowPart, WorkflowSubmitted
-from agentflow.frames import decode_any, judge
-from agentflow.log.port import Message
+from agentflow.events import Needs, TaskSubmitted, WorkerJoined, WorkflowSubmitted
+from agentflow.frames import decode_any
 from agentflow_projections.history_rows import (
     Attempt,
     TaskRow,
@@ -27,6 +26,7 @@ from agentflow_projections.history_rows import (
     runs_of_task,
 )
 from agentflow_projections.past import LoggedPast
+from agentflow_projections.submissions import Submissions
 
 
 def task_rows(state: Namespace) -> Iterator[TaskRow]:
@@ -159,48 +159,30 @@ def work_of(task: Task) -> TaskSubmitted:
 async def fill(past: LoggedPast, rows: Iterable[TaskRow]) -> None:
     """Complete rows by the submissions they come from, as far as these are still there."""
     lacking = [row for row in rows if row.is_lacking]
-    messages = await past.read(row.seq for row in lacking)
-    items = {seq: judge(each.subject, each.data, each.headers).items for seq, each in messages.items()}
+    submissions = Submissions(await past.read(row.seq for row in lacking))
     for row in lacking:
-        if row.seq in messages:
-            _complete(row, items[row.seq][row.index], messages[row.seq])
+        work = submissions.work(row.seq, row.index, row.task_id)
+        if work is not None:
+            row.title, row.is_lacking = work.title, False
+            row.submitted_ms = submissions.time_ms(row.seq)
+            row.runs_kind, row.runs = runs_of(work)
 
 
 async def fill_workflow(past: LoggedPast, row: WorkflowRow) -> None:
     """Complete a workflow and its tasks."""
     await fill(past, row.tasks.values())
-    message = (await past.read([row.seq] if not row.submitted_ms else [])).get(row.seq)
-    if message is None:
-        return
-    item = judge(message.subject, message.data, message.headers).items[row.index]
-    if isinstance(item, WorkflowSubmitted):
-        row.name, row.description = item.name, item.description
-        row.submitted_ms = message.time_ns // 1_000_000
+    submissions = Submissions(await past.read([row.seq] if not row.submitted_ms else []))
+    event = submissions.event(row.seq, row.index)
+    if isinstance(event, WorkflowSubmitted):
+        row.name, row.description = event.name, event.description
+        row.submitted_ms = submissions.time_ms(row.seq)
 
 
 async def fill_workers(past: LoggedPast, rows: Iterable[WorkerRow]) -> None:
     """Complete workers by what they said when they joined."""
     lacking = [row for row in rows if row.is_lacking]
-    messages = await past.read(row.incarnation for row in lacking)
+    submissions = Submissions(await past.read(row.incarnation for row in lacking))
     for row in lacking:
-        message = messages.get(row.incarnation)
-        joined = judge(message.subject, message.data, message.headers).items if message is not None else ()
-        for item in joined:
-            if isinstance(item, WorkerJoined):
-                row.pid, row.functions, row.is_lacking = item.pid, list(item.functions), False
-
-
-def _complete(row: TaskRow, item: object, message: Message) -> None:
-    work = _work(row, item)
-    if work is not None:
-        row.title, row.is_lacking = work.title, False
-        row.submitted_ms = message.time_ns // 1_000_000
-        row.runs_kind, row.runs = runs_of(work)
-
-
-def _work(row: TaskRow, item: object) -> Work | None:
-    """What was submitted for the task."""
-    if isinstance(item, TaskSubmitted):
-        return item
-    tasks = item.tasks if isinstance(item, WorkflowSubmitted | WorkflowPart) else []
-    return next((task for task in tasks if task.task_id == row.task_id), None)
+        joined = submissions.event(row.incarnation, 0)
+        if isinstance(joined, WorkerJoined):
+            row.pid, row.functions, row.is_lacking = joined.pid, list(joined.functions), False

@@ -194,7 +194,7 @@ async def verify(
     ):
         begun = begin_by(past, replace(until, seq=end)).seq
         state = await project(past, database, until=replace(until, seq=end), progress=progress)
-        low = 1 if begun == first_seq - 1 else max(begun + 1, first_seq)
+        low = max(begun + 1, first_seq)
         compared = await compare(_asking(database), ask, low=low, high=state.seq)
         expected = database.checkpoint()
     whole = expected is not None and state.seq == found_seq and not begun and first_seq <= 1

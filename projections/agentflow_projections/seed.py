@@ -12,21 +12,26 @@ from typing import Any, Final
 
 import msgspec
 
-from agentflow.domain.state import Namespace, Task
+from agentflow.domain.state import Namespace, Task, Workflow
+from agentflow.events import WorkflowSubmitted
 from agentflow_projections.columns import Row
-from agentflow_projections.history_rows import runs_of_task
+from agentflow_projections.history_rows import runs_of, runs_of_task
 from agentflow_projections.rows import INDEXES
+from agentflow_projections.submissions import NONE, Submissions
 
 CAUSE: Final = "task.snapshot"
 _encode: Final = msgspec.json.Encoder(order="deterministic").encode
 
 
-def seed(state: Namespace) -> dict[str, list[Row]]:
-    """The rows, by table; tables without any are left out."""
+def seed(state: Namespace, submissions: Submissions = NONE) -> dict[str, list[Row]]:
+    """The rows, by table; tables without any are left out.
+
+    Of `submissions` that are still there, tasks and workflows get the names and times that the state does not keep.
+    """
     tasks = list(state.tasks.values())
     workflows = {each.id: each.seq * INDEXES + each.index for each in state.workflows.values()}
     found: dict[str, list[Row]] = {
-        "task_submissions": [_submission(state, task, workflows) for task in tasks],
+        "task_submissions": [_submission(state, task, workflows, submissions) for task in tasks],
         "task_changes": [_change(state, task) for task in tasks],
         "task_priorities": [
             (task.number, _pos(task), _since(state, task), task.priority)
@@ -45,8 +50,7 @@ def seed(state: Namespace) -> dict[str, list[Row]]:
             for dependent in task.node.dependents
         ],
         "workflow_submissions": [
-            (workflows[each.id], each.id, state.clock_ms, None, None, each.client, len(each.tasks))
-            for each in state.workflows.values()
+            _workflow(state, each, workflows[each.id], submissions) for each in state.workflows.values()
         ],
         **_nodes(state),
     }
@@ -124,18 +128,28 @@ def _locks(state: Namespace) -> Iterator[Row]:
             )
 
 
-def _submission(state: Namespace, task: Task, workflows: dict[str, int]) -> Row:
+def _workflow(state: Namespace, workflow: Workflow, pos: int, submissions: Submissions) -> Row:
+    event = submissions.event(workflow.seq, workflow.index)
+    name, description = None, None
+    if isinstance(event, WorkflowSubmitted):
+        name, description = event.name or None, event.description or None
+    logged_ms = submissions.time_ms(workflow.seq) or state.clock_ms
+    return (pos, workflow.id, logged_ms, name, description, workflow.client, len(workflow.tasks))
+
+
+def _submission(state: Namespace, task: Task, workflows: dict[str, int], submissions: Submissions) -> Row:
     terms, node = task.terms, task.node
     demand = terms.demand
-    kind, runs = runs_of_task(task)
+    work = submissions.work(task.seq, task.index, node.task_id if node is not None else "")
+    kind, runs = runs_of_task(task) if work is None else runs_of(work)
     return (
         task.number,
         task.id,
         _pos(task),
-        _since(state, task),
+        submissions.time_ms(task.seq) or _since(state, task),
         workflows[node.workflow.id] if node is not None else None,
         node.task_id if node is not None else None,
-        None,
+        (work.title or None) if work is not None else None,
         kind,
         runs,
         terms.client,

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from agentflow.errors import InvalidRequest
+from agentflow.events import WorkflowSubmitted, WorkflowTask
 from agentflow_nodes.cli.history import _FileHistory
 from agentflow_projections.cache import Refreshed, refresh
 from agentflow_projections.query import Question, Reader
 from tests.integration.test_archive import EVERYTHING_OLD, World, history
-from tests.unit.given import fold_all, submitted
+from tests.unit.given import elected, fold_all, given, says, submitted
 from tests.unit.histories import History
 from tests.unit.told import messages_of, trimmed_log
 
@@ -60,6 +61,21 @@ async def test_what_the_snapshot_knows_of_a_task_is_what_was_submitted(tmp_path:
     expected = asked(await refresh(whole.log, whole.objects, tmp_path / "whole"), sql)
     assert {row[1] for row in expected} == {"function", "argv", "shell"}
     assert asked(kept, sql) == expected
+
+
+async def test_names_are_read_where_the_submission_is_still_in_the_log(tmp_path: Path) -> None:
+    work = [WorkflowTask(task_id="a", shell="make", title="Make")]
+    flow = WorkflowSubmitted(id="f", name="Release", description="All", tasks=work)
+    scene = given(elected(), submitted("gone", title="Old"), submitted("t", title="New"), says(flow))
+    async with trimmed_log(scene.messages, 2, snapshot_seq=4) as (log, objects):
+        kept = await refresh(log, objects, tmp_path)
+    at = "TIMESTAMP_MS '2023-11-14 22:13:20'"
+    assert asked(kept, f"SELECT id, title, submitted_at = {at} FROM tasks ORDER BY id") == [  # noqa: S608 - our own
+        ["f/a", "Make", True],
+        ["gone", None, True],
+        ["t", "New", True],
+    ]
+    assert asked(kept, "SELECT id, name, description FROM workflows") == [["f", "Release", "All"]]
 
 
 @pytest.fixture
