@@ -71,10 +71,10 @@ class Tasks:
             self._leave(namespace)
 
     async def end(self, *, patience_s: float = 0.0) -> None:
-        """Cancel them, and after so long again: a cancellation can get lost."""
-        for task in self._names:
-            task.cancel()
-        if self._names and patience_s:
+        """Cancel them and wait; for so long they may end in good order before they are cancelled again."""
+        if patience_s and self._names:
+            for task in self._names:
+                task.cancel()
             await asyncio.wait(self._names, timeout=patience_s)
         await end_tasks(*self._names)
 
