@@ -15,9 +15,7 @@ def test_without_a_place_nothing_is_archived() -> None:
 
 def test_what_was_given_is_handed_on() -> None:
     found = _archive("s3://bucket/logs", "7d", "20GiB", "10m")
-    assert found == ArchiveConfig(
-        where="s3://bucket/logs", keep_age="7d", keep_bytes="20GiB", seal_after="10m"
-    )
+    assert found is not None
     assert found.options() == [
         *("--dir", "s3://bucket/logs", "--keep-age", "7d", "--keep-bytes", "20GiB", "--seal-after", "10m")
     ]
