@@ -9,6 +9,11 @@ CREATE MACRO end_of(seq) AS (seq << 13) | 8191;
 -- The last position stored at or before a time.
 CREATE MACRO position_at(moment) AS (SELECT coalesce(max(seq), 0) FROM frames WHERE logged_at <= moment);
 
+-- Names of what is joined for its name only. Grouped, so that DuckDB sees that there is one row at
+-- most, and leaves the join out where nobody asks for the name.
+CREATE MACRO worker_names() AS TABLE SELECT worker, any_value(name) AS name FROM worker_joins GROUP BY worker;
+CREATE MACRO workflow_ids() AS TABLE SELECT workflow, any_value(id) AS id FROM workflow_submissions GROUP BY workflow;
+
 -- The position the views of this session answer as of.
 CREATE MACRO as_of() AS coalesce(getvariable('as_of')::BIGINT, 9007199254740991 >> 13);
 
@@ -98,33 +103,32 @@ SELECT
 FROM task_submissions AS s
 JOIN latest AS l USING (task)
 LEFT JOIN prioritized AS p USING (task)
-LEFT JOIN workflow_submissions AS w USING (workflow)
-LEFT JOIN worker_joins AS j ON j.worker = l.worker
+LEFT JOIN workflow_ids() AS w USING (workflow)
+LEFT JOIN worker_names() AS j ON j.worker = l.worker
 WHERE s.pos <= end_of(position);
 
 CREATE VIEW tasks AS FROM tasks_at(as_of());
+-- An attempt has one row that begins it, and one at most that ends it: nothing needs to be grouped.
 CREATE MACRO attempts_at(position) AS TABLE
-WITH known AS (
-    SELECT * FROM task_changes WHERE attempt > 0 AND pos <= end_of(position)
+WITH begun AS (
+    SELECT task, attempt, pos, logged_at, worker
+    FROM task_changes
+    WHERE state = 'running' AND cause != 'task.started' AND pos <= end_of(position)
 ),
-begun AS (
-    SELECT task, attempt, min(pos) AS pos, min(logged_at) AS assigned_at, max(worker) AS worker, max(started_at) AS started_at
-    FROM known
+started AS (
+    SELECT task, attempt, min(started_at) AS started_at
+    FROM task_changes
+    WHERE cause = 'task.started' AND pos <= end_of(position)
     GROUP BY task, attempt
 ),
 ended AS (
-    SELECT
-        task,
-        attempt,
-        min(pos) AS pos,
-        min_by(logged_at, pos) AS ended_at,
-        min_by(cause, pos) AS cause,
-        min_by(run_us, pos) AS run_us,
-        min_by(error, pos) AS error,
-        min_by(detail, pos) AS detail
-    FROM known
-    WHERE state != 'running'
-    GROUP BY task, attempt
+    SELECT task, attempt, pos, logged_at, cause, started_at, run_us, error, detail
+    FROM task_changes
+    WHERE
+        attempt > 0
+        AND state != 'running'
+        AND cause IN ('task.completed', 'task.failed', 'task.declined', 'worker.lost', 'worker.left', 'worker.joined')
+        AND pos <= end_of(position)
 )
 SELECT
     s.id AS task,
@@ -136,9 +140,9 @@ SELECT
         WHEN e.cause = 'task.failed' AND e.error = 'stopped' THEN 'stopped'
         ELSE split_part(e.cause, '.', 2)
     END AS outcome,
-    b.assigned_at,
-    b.started_at,
-    e.ended_at,
+    b.logged_at AS assigned_at,
+    coalesce(e.started_at, t.started_at) AS started_at,
+    e.logged_at AS ended_at,
     e.run_us,
     e.error,
     e.detail,
@@ -149,7 +153,8 @@ SELECT
 FROM begun AS b
 JOIN task_submissions AS s USING (task)
 LEFT JOIN ended AS e USING (task, attempt)
-LEFT JOIN worker_joins AS j ON j.worker = b.worker;
+LEFT JOIN started AS t USING (task, attempt)
+LEFT JOIN worker_names() AS j ON j.worker = b.worker;
 
 CREATE VIEW attempts AS FROM attempts_at(as_of());
 
