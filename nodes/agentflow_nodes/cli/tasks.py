@@ -181,7 +181,8 @@ async def _tasks(where: Target, wanted: Wanted, archive: str | None, *, as_json:
             print_json({**task_document(row, now_ms(history)), "known_from": past.known_from})
         return
     if not shown:
-        say("No such tasks." if history.state.accepted else "No tasks yet: 'agentflow submit' hands one over.", DIM)
+        none = "No tasks yet: 'agentflow submit' hands one over."
+        say("No such tasks." if history.state.accepted else none, DIM)
         return
     console().print(task_table(shown, now_ms(history)))
     count = len(found) + history.forgotten
