@@ -234,11 +234,15 @@ class _Second:
             answer.set_result(found)
 
     async def end(self) -> None:
-        """Let it end, after it has answered. Harmless twice."""
+        """Let it end, after it has answered; one that does not is killed. Harmless twice."""
         process, self._process, self._is_up = self._process, None, False
         if process is None or self._listening is None:
             return
         assert process.stdin is not None
         process.stdin.close()
-        await self._listening
+        try:
+            await asyncio.wait_for(asyncio.shield(self._listening), ANSWER_S_MAX)
+        except TimeoutError:
+            process.kill()
+            await self._listening
         await process.wait()

@@ -152,3 +152,16 @@ async def test_who_leaves_early_leaves_nothing_behind() -> None:
     await reading.aclose()
     assert closed.is_set()
     assert not judging()
+
+
+async def test_a_second_process_that_stands_still_holds_up_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentflow_projections.pipeline.ANSWER_S_MAX", 0.2)
+    noted = Noted(monkeypatch)
+    reading = spoken(noted.log(lambda: False), ahead_max=1)
+    async for _ in reading:
+        if any(noted.canonical):
+            break
+    (second,) = judging()
+    second.suspend()
+    await reading.aclose()
+    assert not second.is_running()

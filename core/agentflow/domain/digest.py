@@ -18,6 +18,7 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct
 
+from agentflow.domain.snapshot import PLAIN
 from agentflow.domain.state import Namespace, Task, Worker
 
 FORM: Final = 1
@@ -100,24 +101,8 @@ def digest(state: Namespace) -> str:
     return blake2b(_encode(parts), digest_size=16).hexdigest()
 
 
-_PLAIN: Final = (
-    "level",
-    "seq",
-    "clock_ms",
-    "latest_ms",
-    "epoch",
-    "leader",
-    "elected_seq",
-    "lock_generation",
-    "accepted",
-    "workers_version",
-    "last_worker",
-    "running",
-    "order",
-    "quarantined",
-    "rejected",
-    "superseded",
-)
+_PLAIN: Final = tuple(name for name in PLAIN if name not in {"server_ms", "newest", "parts_seq"})
+"""Of those, what two folds that know the same agree on at any time."""
 
 
 def _counts(state: Namespace) -> tuple[Any, ...]:

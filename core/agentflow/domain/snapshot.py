@@ -226,7 +226,7 @@ class _Document(Struct, frozen=True):
     closed: _Memory
 
 
-_PLAIN: Final = (
+PLAIN: Final = (
     "level",
     "seq",
     "server_ms",
@@ -247,6 +247,7 @@ _PLAIN: Final = (
     "rejected",
     "superseded",
 )
+"""Parts of the state that are a number or a text."""
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final = msgspec.msgpack.Decoder(_Document)
@@ -297,7 +298,7 @@ class _Writer:
         return _Document(
             form=FORM,
             name=state.name,
-            plain={name: getattr(state, name) for name in _PLAIN},
+            plain={name: getattr(state, name) for name in PLAIN},
             policy=state.policy,
             masters=list(state.masters.values()),
             locks={name: list(holdings.values()) for name, holdings in state.locks.items()},
@@ -468,7 +469,7 @@ class _Reader:
 
     def state(self) -> Namespace:
         document, state = self.document, self.found
-        for name in _PLAIN:
+        for name in PLAIN:
             setattr(state, name, document.plain[name])
         state.policy = document.policy
         state.masters = {master.name: master for master in document.masters}
