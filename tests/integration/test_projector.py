@@ -6,7 +6,6 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given as with_random
@@ -22,7 +21,7 @@ from agentflow.log.memory import MemoryLog, MemoryServer
 from agentflow.log.port import Identity, Log, Message
 from agentflow_projections import projector as projector_module
 from agentflow_projections.database import Database
-from agentflow_projections.hydrate import StateFile, history_path, hydrate
+from agentflow_projections.hydrate import Prepared, StateFile, history_path, hydrate
 from agentflow_projections.projector import Projector
 from tests.eventually import eventually
 from tests.rows import Rows, rows_in
@@ -167,10 +166,10 @@ class HeldUp(StateFile):
         super().__init__(path, NAMESPACE)
         self.begun, self.may = threading.Event(), threading.Event()
 
-    def prepare(self, *arguments: Any) -> Any:
+    def prepare(self, state: Namespace, identity: tuple[str, int], chain: bytes) -> Prepared:
         self.begun.set()
         assert self.may.wait(30)
-        return super().prepare(*arguments)
+        return super().prepare(state, identity, chain)
 
 
 async def test_cancelled_between_taking_rows_and_writing_them_it_loses_none(
