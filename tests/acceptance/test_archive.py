@@ -263,8 +263,9 @@ async def test_the_daemon_trims_while_a_cluster_works(
 
 
 async def test_open_work_outlives_the_messages_it_came_with(
-    nats_server: NatsServer, bus: Bus, tmp_path: Path
+    nats_server: NatsServer, bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("agentflow.log.trim._STEP_BYTES", 1_000)  # a few messages at a time
     large = "x" * 3_000  # the fold keeps its position only
     config = ArchiverConfig(where=tmp_path, url=nats_server.url, keep=Keep(age_s=0, young_s=0))
     async with Cluster(nats_server) as cluster, JetStreamLog(bus, "default") as log:

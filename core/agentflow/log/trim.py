@@ -32,6 +32,8 @@ from agentflow.log.stream import (
 _API_TIMEOUT_S: Final = 30.0
 """Removing many messages, subject by subject, takes its time."""
 _INFO_TIMEOUT_S: Final = 5.0
+_STEP_BYTES: Final = 32 * 1024 * 1024
+"""About so much is removed at a time: the server takes what it looks through into its memory."""
 
 
 async def trim(bus: Bus, namespace: str, to: Trim) -> int:
@@ -45,7 +47,19 @@ async def trim(bus: Bus, namespace: str, to: Trim) -> int:
     check_trim(info.identity.trim, to)
     if info.identity.trim != to:
         await _ask(bus, f"STREAM.UPDATE.{name}", with_trim(info.config, to))
-    return await _remove(bus, namespace, to.seq)
+    found = info.identity.trim
+    begin = found.seq if found is not None and found != to else 0
+    removed = 0
+    for seq in _steps(info, begin, to.seq):
+        removed += await _remove(bus, namespace, seq)
+    return removed
+
+
+def _steps(info: StreamInfo, begin: int, seq: int) -> list[int]:
+    """The sequences up to which to remove, one after the other; what lies before `begin` is gone."""
+    steps = 1 + info.state.bytes // _STEP_BYTES
+    length = max(1, -(-(seq - begin) // steps))
+    return [*range(begin + length, seq, length), seq]
 
 
 def check_trim(found: Trim | None, to: Trim) -> None:
