@@ -194,15 +194,21 @@ _FILE_RIGHTS: Final = (13, 14, 15, 15, 16)
 _NETWORK_SINCE, _SCOPES_SINCE = 4, 6
 
 
+def landlock_version() -> int:
+    """What this kernel knows of Landlock; less than 1: nothing."""
+    version: int = ctypes.CDLL(None).syscall(_LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION)
+    return version
+
+
 def keep_only_files_in(folder: Path) -> bool:
     """Have no files but those in a folder, to read; whether it could be done.
 
     It holds for this thread and all it starts from here on.
     """
-    call = ctypes.CDLL(None).syscall
-    version = call(_LANDLOCK_CREATE, None, 0, _LANDLOCK_VERSION)
+    version = landlock_version()
     if version < 1:
         return False
+    call = ctypes.CDLL(None).syscall
     files = (1 << _FILE_RIGHTS[min(version, len(_FILE_RIGHTS)) - 1]) - 1
     network, scopes = 3 * (version >= _NETWORK_SINCE), 3 * (version >= _SCOPES_SINCE)
     rules = call(_LANDLOCK_CREATE, struct.pack("QQQ", files, network, scopes), 24, 0)
