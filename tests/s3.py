@@ -62,8 +62,12 @@ class S3Server:
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.DEVNULL,
         )
-        await eventually(self._listens)
-        await asyncio.to_thread(self._set_up)
+        try:
+            await eventually(self._listens)
+            await asyncio.to_thread(self._set_up)
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
         return self
 
     async def __aexit__(
