@@ -272,7 +272,7 @@ class Database:
         )
 
     def _append(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        schema = _arrow_schemas(self._schema[0])[table]
+        schema = arrow_schemas(self._schema[0])[table]
         found = rows.columns() if isinstance(rows, Columns) else zip(*rows, strict=True)
         columns = [pa.array(column, field.type) for field, column in zip(schema, found, strict=True)]
         with _errors():
@@ -368,10 +368,11 @@ def _errors() -> Generator[None]:
     try:
         yield
     except duckdb.Error as error:
-        raise _ours(error) from error
+        raise as_ours(error) from error
 
 
-def _ours(error: duckdb.Error) -> Exception:
+def as_ours(error: duckdb.Error) -> Exception:
+    """What an error of DuckDB means here."""
     text = str(error)
     if any(each in text for each in _FULL):
         return DatabaseFull(f"there is no room on the disk: {text}")
@@ -435,7 +436,7 @@ _ARROW_TYPES: Final = {
 
 
 @cache
-def _arrow_schemas(tables: str = HISTORY[0]) -> dict[str, Any]:
+def arrow_schemas(tables: str = HISTORY[0]) -> dict[str, Any]:
     """The columns of the tables of an SQL file as Arrow has them; an enumeration comes as text."""
     with duckdb.connect() as connection:
         connection.execute(sql(tables))

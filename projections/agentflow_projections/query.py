@@ -22,7 +22,7 @@ import msgspec
 from msgspec import Struct
 
 from agentflow.errors import InvalidRequest, OperatingError
-from agentflow_projections.database import Database, _ours
+from agentflow_projections.database import Database, as_ours
 
 BATCH_ROWS: Final = 2_048
 """Rows that are handed on at once."""
@@ -64,7 +64,7 @@ def _errors() -> Generator[None]:
     except _WRONG as error:
         raise InvalidRequest(str(error)) from error
     except duckdb.Error as error:
-        raise _ours(error) from error
+        raise as_ours(error) from error
 
 
 class Question(Struct, frozen=True):

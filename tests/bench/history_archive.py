@@ -8,7 +8,6 @@ minutes and 6 GB of memory: `python -m tests.bench.history_archive 10000000`.
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from msgspec import Struct
 from agentflow.bus import Bus
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.objects.jetstream import ObjectStore
+from agentflow_nodes.namespaces import collect_garbage_seldom
 from agentflow_projections.archive import Archive
 from agentflow_projections.archive_load import load
 from agentflow_projections.archiver import Archiver, Keep
@@ -110,7 +110,7 @@ def _rss_mb(server: NatsServer) -> float:
 
 def main() -> None:
     """Print the figures as JSON."""
-    gc.set_threshold(100_000, 20, 100)
+    collect_garbage_seldom()
     print(json.dumps(uvloop.run(measure(int(sys.argv[1])))))
 
 

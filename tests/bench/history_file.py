@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from agentflow.domain.state import Namespace
 from agentflow.log.port import Identity, Message
+from agentflow_nodes.namespaces import collect_garbage_seldom
 from agentflow_projections.chain import START, chained
 from agentflow_projections.database import Checkpoint, Database
 from agentflow_projections.hydrate import StateFile, history_path, hydrate
@@ -120,7 +121,7 @@ def as_of(reader: Reader) -> dict[str, float]:
 
 def hydrated(folder: Path) -> float:
     """Seconds until a master has its state."""
-    gc.set_threshold(100_000, 20, 100)
+    collect_garbage_seldom()
     identity = Identity(_STREAM, 1, 1, 1 << 40, 1, 0, -1)
     begun = time.perf_counter()
     state = hydrate(folder, identity, NAMESPACE)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -25,6 +24,7 @@ import uvloop
 from agentflow.bus import Bus
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Message
+from agentflow_nodes.namespaces import collect_garbage_seldom
 from agentflow_projections.database import Database
 from agentflow_projections.hydrate import StateFile, history_path
 from agentflow_projections.projector import Projector
@@ -176,7 +176,7 @@ async def _start(url: str, folder: str) -> asyncio.subprocess.Process:
 
 def main() -> None:
     """Parse `URL FOLDER`."""
-    gc.set_threshold(100_000, 20, 100)
+    collect_garbage_seldom()
     uvloop.run(follow(sys.argv[1], Path(sys.argv[2])))
 
 

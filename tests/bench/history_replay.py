@@ -5,7 +5,6 @@ In a process of its own, as a projector is. Prints one JSON object.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -23,6 +22,7 @@ from agentflow.domain.state import Namespace
 from agentflow.frames import judge
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import BATCH_FRAMES_MAX, Done, Frame, Log, Message
+from agentflow_nodes.namespaces import collect_garbage_seldom
 from agentflow_projections.database import Database
 from agentflow_projections.projector import Projector
 from tests.bench.history_log import Writer
@@ -99,7 +99,7 @@ def cpu_s() -> float:
 
 def main() -> None:
     """Print the figures as JSON."""
-    gc.set_threshold(100_000, 20, 100)
+    collect_garbage_seldom()
     print(json.dumps(uvloop.run(measure(int(sys.argv[1])))))
 
 

@@ -69,7 +69,8 @@ def _no_fence_and_no_epochs() -> Generator[None]:
         at.epoch = state.epoch
         return decided.decided(state, event, at)
 
-    with _no_fence(), _patch(fold, "decided", from_anybody):
+    meaning = mock.patch.dict(fold.MEANING, dict.fromkeys(decided.DECISIONS, from_anybody))
+    with _no_fence(), meaning:
         yield
 
 
