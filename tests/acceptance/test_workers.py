@@ -129,8 +129,7 @@ class TestPaused:
         paused.send(signal.SIGCONT)
         await _rejoined(client, "paused")
         # Programs of the first attempt are dead although nobody let them go.
-        lines_of = (line.split() for line in (tmp_path / "pids").read_text().splitlines())
-        pids = {attempt: int(pid) for pid, attempt in lines_of}
+        pids = await eventually(lambda: _pids_by_attempt(tmp_path / "pids", 2))
         await eventually(lambda: not goes_on(pids["1"]))
         assert goes_on(pids["2"])
         go.touch()
@@ -144,6 +143,12 @@ class TestPaused:
         await other.kill()
         await _said(client, "worker.lost", worker="other")
         assert (await (await client.submit(whoami)).result(SOON_S))["worker"] == "paused"
+
+
+def _pids_by_attempt(path: Path, attempts: int) -> dict[str, int] | None:
+    """Once the programs of so many attempts have said who they are."""
+    said = [line.split() for line in path.read_text().splitlines()]
+    return {attempt: int(pid) for pid, attempt in said} if len(said) == attempts else None
 
 
 async def _rejoined(client: agentflow.Client, name: str) -> None:
