@@ -43,7 +43,7 @@ HISTORY: Final = ("schema.sql", "views.sql", "comments.sql")
 _FULL: Final = ("No space left", os.strerror(errno.EDQUOT), os.strerror(errno.EFBIG))
 _DAMAGED: Final = ("Corrupt", "checksum", "Failure while replaying WAL")
 
-WAL_MB: Final = 128
+WAL_MB: Final = 512
 """What is written goes to the WAL first, and from there into the file whenever there is so much. Each time the
 last rows of every table are packed anew: with DuckDB's own 16 MiB that takes half of all time and space."""
 

@@ -34,8 +34,8 @@ from agentflow_projections.hydrate import Prepared, StateFile
 from agentflow_projections.pipeline import Spoken, spoken
 from agentflow_projections.rows import Recorder
 
-BATCH_ROWS_MAX: Final = 50_000
-"""Folding waits once so many rows wait to be written."""
+BATCH_ROWS_MAX: Final = 200_000
+"""Folding waits once so many rows wait to be written: some 60 MB."""
 PACE_S: Final = 0.2
 """A transaction costs ten milliseconds whatever is in it: no more than one in so long, unless rows pile up."""
 KEEP_EVENTS: Final = 200_000
