@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import fnmatch
 import os
 import signal
@@ -29,14 +28,13 @@ from agentflow_nodes.cli.options import Debug, Json, Namespace, Nats, parse_labe
 from agentflow_nodes.cli.output import DIM, console, duration, moment, plain, print_json, say, table
 from agentflow_nodes.cli.past import Archive, open_logged
 from agentflow_nodes.cli.session import Target, client_logs, open_client, run, target
+from agentflow_nodes.orphans import end_with
 from agentflow_projections.past import LoggedPast
 
 _GRACE_S: Final = 5.0
 """How long a command may take to end after SIGTERM, before it is killed."""
 _ON_LOST: Final = ("kill", "warn")
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PR_SET_PDEATHSIG: Final = 1
-_LIBC: Final = ctypes.CDLL(None)
 _NOT_FOUND: Final = 127
 _NOT_EXECUTABLE: Final = 126
 
@@ -143,7 +141,8 @@ async def _run(
         process = await asyncio.create_subprocess_exec(
             *command,
             env=environment,
-            preexec_fn=partial(_die_with, os.getpid()) if kill else None,
+            # If we are killed, nobody renews its lock.
+            preexec_fn=partial(end_with, os.getpid()) if kill else None,
         )
     except OSError as error:
         say(f"error: {command[0]}: {error.strerror}", "red")
@@ -165,13 +164,6 @@ async def _run(
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
     return (status if status >= 0 else 128 - status), lost.is_set()
-
-
-def _die_with(parent: int) -> None:
-    """In the command's process, before it becomes the command: if we are killed, nobody renews its lock."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # killed before we asked for that
-        os._exit(1)
 
 
 def _pass_on(process: Process, number: int) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import pickle
@@ -23,6 +22,7 @@ import msgspec
 import pebble
 
 from agentflow.logs import get_logger
+from agentflow_nodes.orphans import end_with
 from agentflow_nodes.worker.calls import Call, judge, settle
 from agentflow_nodes.worker.cleanup import Census, uninterrupted
 from agentflow_nodes.worker.outcome import Completed, Failed, Outcome, crashed, refused
@@ -35,8 +35,6 @@ CHILD_START_S = 60.0
 CHILD_DEATH_S = 5.0
 EXIT_REPORT_S = 0.5
 """How long pebble may take to say how a child ended; of those that end with status 0 it says nothing."""
-
-_PR_SET_PDEATHSIG = 1
 
 _log = get_logger(__name__)
 _decode = msgspec.json.Decoder(Completed | Failed).decode
@@ -207,9 +205,7 @@ def _prepare_child(worker_pid: int, token: str, mark: str | None) -> None:
     os.environ[TOKEN_VARIABLE] = token
     if mark is not None:
         os.environ[MARK_VARIABLE] = mark
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != worker_pid:
-        os._exit(1)
+    end_with(worker_pid)
 
 
 def judge_in_child(payload: bytes) -> bytes:

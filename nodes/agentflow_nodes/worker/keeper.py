@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import time
@@ -30,13 +29,13 @@ from msgspec import Struct
 from agentflow.bus import Bus
 from agentflow.errors import Disconnected
 from agentflow.logs import get_logger
+from agentflow_nodes.orphans import be_killed_with_parent
 
 MISSED: Final = 1.5
 """Intervals without a heartbeat after which the worker counts as stalled."""
 LOOKS: Final = 4
 """Looks at the worker within one interval."""
 
-_PR_SET_PDEATHSIG: Final = 1
 _RUNS: Final = b"RSDI"
 """States of a process that goes on by itself; the others are stopped, traced, dead."""
 _READ_BYTES: Final = 65536
@@ -136,7 +135,7 @@ def main() -> None:
     """The keeper process: ends with its worker, whatever becomes of that."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    be_killed_with_parent()
     with contextlib.suppress(EOFError, Disconnected):
         line, rest = _first_line(0)
         charge = msgspec.json.decode(line, type=Charge)
