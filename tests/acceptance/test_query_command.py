@@ -6,7 +6,6 @@ import asyncio
 import json
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -16,18 +15,9 @@ from agentflow_nodes.projector.config import ProjectorConfig
 from agentflow_nodes.projector.node import ProjectorNode
 from tests import app
 from tests.cluster import Cluster
+from tests.ran import Ran
 
 COUNT = "SELECT count(*) AS n FROM tasks WHERE state = 'completed'"
-
-
-class Done(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    @property
-    def rows(self) -> list[Any]:
-        return [json.loads(line) for line in self.out.splitlines()]
 
 
 class Shell:
@@ -41,7 +31,7 @@ class Shell:
             "PATH": "/bin",
         }
 
-    async def __call__(self, *arguments: str) -> Done:
+    async def __call__(self, *arguments: str) -> Ran:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "agentflow_nodes", *arguments),
             stdout=asyncio.subprocess.PIPE,
@@ -50,7 +40,7 @@ class Shell:
         )
         out, err = await process.communicate()
         assert process.returncode is not None
-        return Done(process.returncode, out.decode(), err.decode())
+        return Ran(process.returncode, out.decode(), err.decode())
 
     @property
     def cached(self) -> list[Path]:

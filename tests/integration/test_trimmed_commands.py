@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 
@@ -19,6 +19,7 @@ from agentflow_nodes.cli import main
 from agentflow_nodes.cli.errors import Exit
 from agentflow_projections.archive import Archive
 from agentflow_projections.archiver import Archiver, Keep
+from tests.ran import Ran
 from tests.servers import NatsServer
 from tests.unit.given import (
     NAMESPACE,
@@ -39,18 +40,6 @@ from tests.unit.given import (
 )
 
 LARGE = "x" * 3_000
-
-
-class Ran(NamedTuple):
-    """What a command ended in."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def rows(self) -> list[Any]:
-        return [json.loads(line) for line in self.out.splitlines()]
 
 
 class Trimmed:
