@@ -27,7 +27,7 @@ from agentflow.frames import judge
 from agentflow.limits import LEVEL
 from agentflow.log.port import Identity, Message, Trim, TrimmableLog
 from agentflow.logs import get_logger
-from agentflow.objects.kept import keep_messages, read_message
+from agentflow.objects.kept import keep_messages, read_many
 from agentflow.objects.port import RemovableObjects
 from agentflow_projections.archive import (
     Archive,
@@ -351,10 +351,9 @@ class Archiver:
         """What open work will be read from, of what is trimmed."""
         positions = needed(self.state)
         begin = self._stretches[0].manifest.first_seq
-        found = [
-            await read_message(self._log, self._objects, seq) for seq in sorted(positions) if seq < begin
-        ]
-        kept = [message for message in found if message is not None]
+        before = [seq for seq in positions if seq < begin]
+        found = await read_many(self._log, self._objects, before)
+        kept = [found[seq] for seq in sorted(found)]
         return kept + await asyncio.to_thread(lambda: list(self._archived(positions, target)))
 
     def _archived(self, positions: AbstractSet[int], target: int) -> Iterator[Message]:

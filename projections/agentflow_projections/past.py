@@ -6,7 +6,6 @@ exported to a file another: whoever replays, explains or simulates does not know
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Final, Protocol, Self, cast
@@ -21,11 +20,9 @@ from agentflow.domain.state import Namespace
 from agentflow.errors import InvalidRequest, OperatingError
 from agentflow.limits import LEVEL
 from agentflow.log.port import Identity, Log, Message
-from agentflow.objects.kept import read_kept
+from agentflow.objects.kept import read_many
 from agentflow.objects.port import Objects
 from agentflow_projections.trimmed import fetch_snapshot
-
-_READS_AT_ONCE: Final = 64
 
 Progress = Callable[[int, int], None]
 """Told now and then how far reading is: the last sequence read, and the one to be reached."""
@@ -163,15 +160,7 @@ class LoggedPast:
 
     async def read(self, positions: Iterable[int]) -> dict[int, Message]:
         """The messages at these positions, as far as they are in the log or kept for open work."""
-        wanted, found = sorted(set(positions)), dict[int, Message]()
-        for start in range(0, len(wanted), _READS_AT_ONCE):
-            some = await asyncio.gather(*map(self.log.read, wanted[start : start + _READS_AT_ONCE]))
-            found |= {message.seq: message for message in some if message is not None}
-        missing = [seq for seq in wanted if seq not in found]
-        trim = (await self.log.identity()).trim if missing else None
-        if trim is not None and self.objects is not None:
-            found |= await read_kept(self.objects, trim, missing)
-        return found
+        return await read_many(self.log, self.objects, positions)
 
 
 async def walk(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from typing import Final
@@ -14,6 +15,8 @@ from agentflow.objects.port import Objects
 
 KEPT_BYTES_MAX: Final = 8 * 1024 * 1024
 """So much data is kept in one object, about: who needs one message reads all of it."""
+
+_READS_AT_ONCE: Final = 64
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final = msgspec.msgpack.Decoder(list[Message])
@@ -45,15 +48,23 @@ async def read_message(log: Log, objects: Objects, seq: int) -> Message | None:
 
     Raises Disconnected, LogGone.
     """
-    message = await log.read(seq)
+    return (await read_many(log, objects, [seq])).get(seq)
+
+
+async def read_many(log: Log, objects: Objects | None, positions: Iterable[int]) -> dict[int, Message]:
+    """The same of several positions, each object read once. Raises Disconnected, LogGone."""
+    wanted, found = sorted(set(positions)), dict[int, Message]()
+    for start in range(0, len(wanted), _READS_AT_ONCE):
+        some = await asyncio.gather(*map(log.read, wanted[start : start + _READS_AT_ONCE]))
+        found |= {message.seq: message for message in some if message is not None}
     before: Trim | None = None
-    while message is None:
+    while objects is not None and (missing := [seq for seq in wanted if seq not in found]):
         trim = (await log.identity()).trim
         if trim is None or trim == before:
-            return None
-        message = (await read_kept(objects, trim, [seq])).get(seq)
+            break
+        found |= await read_kept(objects, trim, missing)
         before = trim  # another may have taken its place while we read
-    return message
+    return found
 
 
 async def read_kept(objects: Objects, trim: Trim, positions: Collection[int]) -> dict[int, Message]:
