@@ -8,6 +8,7 @@ import itertools
 import json
 import secrets
 import shutil
+import signal
 import sysconfig
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from tests.faultproxy import FaultProxy
 
 _START_TIMEOUT_S = 15.0
 _STOP_TIMEOUT_S = 10.0
+_RELOADED = "Reloaded server configuration"
 # Raft servers wait 4 to 9 s before they elect, and may do so twice.
 _ELECTION_S_MAX = 45.0
 
@@ -94,11 +96,6 @@ class NatsServer:
         """Where clients connect."""
         return f"nats://127.0.0.1:{self.port}"
 
-    @property
-    def log_text(self) -> str:
-        """What the server wrote to its log."""
-        return (self._folder / "server.log").read_text()
-
     async def start(self) -> None:
         """Start it and wait until it is ready."""
         config = self._folder / "server.conf"
@@ -133,6 +130,14 @@ class NatsServer:
         """Kill it and start it again on the same data."""
         await self.kill()
         await self.start()
+
+    async def reload(self) -> None:
+        """Let it read its configuration anew, and wait until that holds."""
+        output = self._folder / "output"
+        before = output.read_text().count(_RELOADED)
+        (self._folder / "server.conf").write_text(self._config())
+        self.send(signal.SIGHUP)
+        await eventually(lambda: output.read_text().count(_RELOADED) > before)
 
     async def _end(self, *, graceful: bool) -> None:
         process, self._process = self._process, None

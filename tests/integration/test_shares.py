@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -179,11 +177,10 @@ class Users:
             {{ user: free, password: p }}
         ] }}"""
 
-    def deny(self, *subjects: str) -> None:
+    async def deny(self, *subjects: str) -> None:
         """Let the limited user publish there no more, from now on."""
         self.server._extra = self.rights(subjects)
-        (self.server._folder / "server.conf").write_text(self.server._config())
-        os.kill(self.server.pid, signal.SIGHUP)
+        await self.server.reload()
 
 
 class TestWhoCannotWrite:
@@ -194,7 +191,7 @@ class TestWhoCannotWrite:
             master = await cluster.leader(url=users.limited)
             client = await cluster.client(url=users.free)
             await cluster.worker(url=users.free)
-            users.deny(self.LEASES)
+            await users.deny(self.LEASES)
             await eventually(lambda: not master._sessions.held)
             assert await (await client.submit(add, 1, 2)).result(SOON_S) == 3
             assert master.leading
@@ -207,7 +204,7 @@ class TestWhoCannotWrite:
             await eventually(lambda: settled([first, second]))
             client = await cluster.client(url=users.free)
             await cluster.worker(url=users.free)
-            users.deny(self.LEASES)
+            await users.deny(self.LEASES)
             await eventually(lambda: second.leading and not first.leading)
             assert await (await client.submit(add, 1, 2)).result(SOON_S) == 3
             assert [name for name, _ in await elections(client)] == ["first", "second"]
@@ -224,7 +221,7 @@ class TestWhoCannotWrite:
             await eventually(lambda: settled([first, second]))
             client = await cluster.client(url=users.free)
             await cluster.worker(url=users.free)
-            users.deny(denied)
+            await users.deny(denied)
             assert await (await client.submit(add, 1, 2)).result(SOON_S) == 3
             await eventually(lambda: second.leading and not first.leading)
 
@@ -365,7 +362,7 @@ async def test_a_log_asked_without_rights_is_an_operating_error(users: Users) ->
     async with Bus(users.limited, name="test") as bus, JetStreamLog(bus, "default") as log:
         frame = Frame(wire.event("default", "task.submitted", "t"), b'[{"shell":"true"}]')
         assert isinstance(await log.append(frame), Done)
-        users.deny("af.>")
+        await users.deny("af.>")
 
         async def denied() -> bool:
             try:

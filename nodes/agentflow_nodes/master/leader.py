@@ -27,6 +27,7 @@ from agentflow.frames import Decision, encode
 from agentflow.limits import LEVEL_FIRST
 from agentflow.log.port import Appended, Done, Fence, Frame, Log, Reason, Refused
 from agentflow.log.stored import msg_id_of
+from agentflow.log.stream import RECOVERY
 from agentflow.logs import get_logger
 from agentflow_nodes.master.composing import Composer
 from agentflow_nodes.master.config import MasterConfig
@@ -139,7 +140,7 @@ class Leader:
         known_seq = self._follower.state.elected_seq
         if known_seq > last_seq and await self._log.read(known_seq) is None:
             raise LogGone(
-                f"the last election, message {known_seq}, is not in the log any more: was it purged?"
+                f"the last election, message {known_seq}, is not in the log any more: it was purged; {RECOVERY}"
             )
         state = self._follower.state
         if after is not None and state.elected_seq > after and not await self._is_among(unheard):
