@@ -10,6 +10,7 @@ _ASKED: Final = "core/agentflow/domain/asked.py"
 _DECIDED: Final = "core/agentflow/domain/decided.py"
 _FOLD: Final = "core/agentflow/domain/fold.py"
 _FRAMES: Final = "core/agentflow/frames.py"
+_MANY: Final = "core/agentflow/domain/many.py"
 _MASTERS: Final = "core/agentflow/domain/masters.py"
 _PLAN: Final = "core/agentflow/domain/plan.py"
 _POLICIES: Final = "core/agentflow/domain/policies.py"
@@ -19,6 +20,10 @@ _STEPS: Final = "core/agentflow/domain/steps.py"
 
 def _fold(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/unit/test_fold.py::test_{name}" for name in names)
+
+
+def _many(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/unit/test_many.py::test_{name}" for name in names)
 
 
 def _frames(*names: str) -> tuple[str, ...]:
@@ -88,6 +93,34 @@ DOMAIN: Final = (
         "\n    if known",
         _fold("ids_of_ended_tasks_are_remembered"),
         quick=True,
+    ),
+    Mutant(
+        "whole frames of an earlier term count",
+        _MANY,
+        " or at.epoch != state.epoch",
+        "",
+        _many("assignments_to_nobody_and_of_an_old_term"),
+    ),
+    Mutant(
+        "a frame may assign a task twice, or end it twice",
+        _MANY,
+        " if len(set(named)) == len(named) else None",
+        "",
+        _many("assignments_of_what_does_not_wait", "outcomes_of_what_does_not_run"),
+    ),
+    Mutant(
+        "outcomes of earlier attempts count in whole frames",
+        _MANY,
+        "            or event.attempt != task.attempt\n",
+        "",
+        _many("one_outcome_unlike_the_others"),
+    ),
+    Mutant(
+        "whole frames forget the ids of ended tasks",
+        _MANY,
+        "        and closed.previous.keys().isdisjoint(once)\n",
+        "",
+        _many("one_submission_unlike_the_others"),
     ),
     Mutant(
         "the same id with another body passes for a duplicate",

@@ -26,6 +26,7 @@ from agentflow.domain.asked import (
 )
 from agentflow.domain.decided import DECISIONS, decided
 from agentflow.domain.locks import lock_acquired, lock_ended, lock_opened
+from agentflow.domain.many import MANY_MIN, all_applied
 from agentflow.domain.masters import leader_elected, master_joined, master_left
 from agentflow.domain.reported import (
     task_completed,
@@ -98,6 +99,13 @@ def fold(
         return _as_a_whole(_refuse(state, judged.role, judged.whole, at), at, observe)
     if judged.decision is not None:
         at.epoch = judged.decision.epoch
+    count = len(judged.items)
+    if count >= MANY_MIN and observe is None and all_applied(state, judged.kind, judged.items, at):
+        return [APPLIED] * count
+    return _one_by_one(state, judged, at, observe)
+
+
+def _one_by_one(state: Namespace, judged: Judged, at: At, observe: Observe | None) -> list[Verdict]:
     verdicts: list[Verdict] = []
     for index, item in enumerate(judged.items):
         at.index = index

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -59,13 +59,14 @@ class Lane:
             if task.ticket == ticket:
                 yield task
 
-    def left(self, ticket: int) -> None:
-        """An entry became stale."""
+    def left(self, tickets: Iterable[int]) -> None:
+        """Entries became stale."""
         entries = self.entries
-        if entries and entries[0][0] == ticket:
-            entries.popleft()
-        else:
-            self.stale += 1
+        for ticket in tickets:
+            if entries and entries[0][0] == ticket:
+                entries.popleft()
+            else:
+                self.stale += 1
         while entries and entries[0][1].ticket != entries[0][0]:
             entries.popleft()
             self.stale -= 1
@@ -182,16 +183,46 @@ class Queue:
         line.size += 1
         self.size += 1
 
+    def push_all(self, tasks: Sequence[Task]) -> None:
+        """Queue ready tasks of the same terms, none of them queued before, each behind the other."""
+        first, count = tasks[0], len(tasks)
+        line = first.terms.line
+        lane = line.lanes.get(first.priority)
+        if lane is None:
+            lane = line.lanes[first.priority] = Lane()
+        if not line.size:
+            self.waiting[line.number] = line
+        for ticket, task in enumerate(tasks, self.tickets + 1):
+            task.ticket = ticket
+        lane.entries.extend([(task.ticket, task) for task in tasks])
+        self.tickets += count
+        line.size += count
+        self.size += count
+
     def remove(self, task: Task) -> None:
         """Take a task out."""
         line = self._suspect_line(task.terms.demand) if task.suspect else task.terms.line
-        lane = line.lanes[task.priority]
-        ticket, task.ticket = task.ticket, 0
-        lane.left(ticket)
-        line.size -= 1
-        self.size -= 1
+        self._take(line, task.priority, (task,))
+
+    def remove_all(self, tasks: Sequence[Task]) -> None:
+        """Take tasks out, none of them suspect: at one go if they wait in one lane."""
+        line, priority = tasks[0].terms.line, tasks[0].priority
+        if all([task.terms.line is line and task.priority == priority for task in tasks]):  # noqa: C419 - a list is faster
+            self._take(line, priority, tasks)
+        else:
+            for task in tasks:
+                self.remove(task)
+
+    def _take(self, line: Line, priority: int, tasks: Sequence[Task]) -> None:
+        lane = line.lanes[priority]
+        tickets = [task.ticket for task in tasks]
+        for task in tasks:
+            task.ticket = 0
+        lane.left(tickets)
+        line.size -= len(tickets)
+        self.size -= len(tickets)
         if not lane.entries:
-            del line.lanes[task.priority]
+            del line.lanes[priority]
         if not line.size:
             self.waiting.pop(line.number, None)
             self.parked.pop(line.number, None)

@@ -95,7 +95,7 @@ def task_completed(state: Namespace, event: TaskCompleted, at: At) -> Verdict:
     assert worker is not None
     worker.completed += 1
     unassign(state, task)
-    learn(state, task.terms.run_key, event.run_us)
+    learn(state, task.terms.run_key, (event.run_us,))
     if task.node is not None:
         task.node.result = _result(event, at)
     end(state, task, State.COMPLETED, at, event)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Mapping, Sequence
+from operator import or_
 from typing import Any, Final, TypeAlias
 
 from msgspec import Struct, field
@@ -320,6 +321,18 @@ class Memory:
             self._begin_generation(now_ms)
         seq, index = at
         self.current[key] = ((seq << 13 | index) << 3 | _CODE[type(state), state]) << 32 | digest
+
+    def add_all(
+        self, keys: Sequence[str], state: State, seq: int, digests: Sequence[int], *, now_ms: int
+    ) -> None:
+        """Remember ids that ended at the indexes of one message, from 0 on."""
+        if len(self.current) + len(keys) > CLOSED_IDS_MAX:
+            for index, (key, digest) in enumerate(zip(keys, digests, strict=True)):
+                self.add(key, state, (seq, index), digest, now_ms=now_ms)
+            return
+        first = (seq << 16 | _CODE[type(state), state]) << 32
+        positions = range(first, first + (len(keys) << 35), 1 << 35)
+        self.current.update(zip(keys, map(or_, positions, digests), strict=True))
 
     def _begin_generation(self, now_ms: int) -> None:
         # What ended in the same millisecond as the older generation began may be forgotten.

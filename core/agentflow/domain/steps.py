@@ -128,17 +128,17 @@ def _set_timer(state: Namespace, timers: list[Timer], due_ms: int, task: Task) -
         heapq.heapify(timers)
 
 
-def learn(state: Namespace, run_key: str, run_us: int) -> None:
-    """Let a run time count for an eighth of what is expected of the next run."""
+def learn(state: Namespace, run_key: str, runs_us: Sequence[int]) -> None:
+    """Let each run time count for an eighth of what is expected of the next run."""
     expectations = state.expectations
-    before = expectations.get(run_key)
-    if before is None:
-        if len(expectations) >= EXPECTATIONS_MAX:
-            del expectations[next(iter(expectations))]
-        expectations[run_key] = max(1, run_us)
-    else:
-        expected = before + (run_us - before) // 8
-        expectations[run_key] = expected if expected > 0 else 1
+    expected = expectations.get(run_key)
+    if expected is None and len(expectations) >= EXPECTATIONS_MAX:
+        del expectations[next(iter(expectations))]
+    for run_us in runs_us:
+        expected = run_us if expected is None else expected + (run_us - expected) // 8
+        expected = expected if expected > 0 else 1
+    assert expected is not None
+    expectations[run_key] = expected
 
 
 def end(state: Namespace, task: Task, final: State, at: At, event: Any) -> None:

@@ -10,9 +10,10 @@ from zlib import crc32
 import msgspec
 
 from agentflow.checks import priority_of
+from agentflow.domain.life import State
 from agentflow.domain.queue import Demand, Line
 from agentflow.domain.state import At, Namespace, Payload, Task, Terms
-from agentflow.events import Needs, Retry, Work, WorkflowSubmitted, WorkflowTask
+from agentflow.events import Needs, Retry, TaskSubmitted, Work, WorkflowSubmitted, WorkflowTask
 from agentflow.limits import FOLD_BYTES_MAX
 
 UNUSED_TERMS_MAX: Final = 128
@@ -44,6 +45,60 @@ def new_task(state: Namespace, work: Work, task_id: str, at: At, *, notify: str 
     )
 
 
+def are_alike(submissions: Sequence[TaskSubmitted]) -> bool:
+    """Whether they differ in nothing but id, title and arguments, and those are all that there is to keep of each."""
+    first = submissions[0]
+    function, shell, cwd, priority = first.function, first.shell, first.cwd, first.priority
+    timeout_s, lock, notify = first.timeout_s, first.lock, first.notify
+    for each in submissions:
+        if (
+            each.function != function
+            or each.shell != shell
+            or each.cwd != cwd
+            or each.priority != priority
+            or each.timeout_s != timeout_s
+            or each.queue_timeout_s
+            or each.lock != lock
+            or each.notify != notify
+            or each.kwargs
+            or each.argv
+            or each.env
+            or each.object is not None
+        ):
+            return False
+    # Compared as text, since -0.0 equals 0.0.
+    asked = [
+        (each.retry, each.needs) for each in submissions if each.retry is not None or each.needs is not None
+    ]
+    return not asked or (len(asked) == len(submissions) and len(set(map(_encode, asked))) == 1)
+
+
+def new_tasks(state: Namespace, submissions: Sequence[TaskSubmitted], at: At) -> list[Task] | None:
+    """The tasks of submissions that are alike, accepted and ready; None if arguments are too long to be kept."""
+    arguments = [_encode(each.args) if each.args else b"" for each in submissions]
+    if max(map(len, arguments)) > FOLD_BYTES_MAX:
+        return None
+    first, count, before = submissions[0], len(submissions), state.accepted
+    terms = _terms(state, first, at.actor, first.notify, count)
+    seq, ready_ms, digest, priority = at.seq, state.clock_ms, terms.digest, terms.priority
+    state.accepted += count
+    return [
+        Task(
+            id=each.id,
+            terms=terms,
+            seq=seq,
+            index=index,
+            digest=crc32(args, digest),
+            args=args,
+            priority=priority,
+            state=State.READY,
+            ready_ms=ready_ms,
+            number=before + index + 1,
+        )
+        for index, (each, args) in enumerate(zip(submissions, arguments, strict=True))
+    ]
+
+
 def _payload(work: Work, args: bytes, digest: int) -> tuple[Payload, int]:
     kwargs = _encode(work.kwargs) if work.kwargs else b""
     argv = _encode(work.argv) if work.argv else b""
@@ -55,7 +110,7 @@ def _payload(work: Work, args: bytes, digest: int) -> tuple[Payload, int]:
     return Payload(kwargs, argv, env, work.object), digest
 
 
-def _terms(state: Namespace, work: Work, client: str, notify: str) -> Terms:
+def _terms(state: Namespace, work: Work, client: str, notify: str, users: int = 1) -> Terms:
     needs = work.needs
     # Structs compare field by field; the key holds no dict, so it can be hashed.
     key = (
@@ -76,17 +131,17 @@ def _terms(state: Namespace, work: Work, client: str, notify: str) -> Terms:
         terms = state.terms[key] = terms_of(key, state.queue.open)
     elif not terms.users:
         del state.unused_terms[key]
-    terms.users += 1
+    terms.users += users
     return terms
 
 
-def release_terms(state: Namespace, terms: Terms) -> None:
-    """A task with these terms is gone.
+def release_terms(state: Namespace, terms: Terms, users: int = 1) -> None:
+    """So many tasks with these terms are gone.
 
     Terms nobody uses are kept for a while: whoever sends one task after the other sends the
     next one under the same.
     """
-    terms.users -= 1
+    terms.users -= users
     if terms.users:
         return
     unused = state.unused_terms
