@@ -163,6 +163,7 @@ async def project(
     def apply(message: Message) -> None:
         nonlocal chain
         recorder.apply(message)
+        state.ended.clear()
         chain = chained(chain, message)
         if recorder.size >= ROWS_MAX:
             commit()

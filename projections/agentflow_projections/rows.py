@@ -16,7 +16,7 @@ from agentflow import ids, wire
 from agentflow.checks import Bad, priority_of
 from agentflow.domain.fold import fold
 from agentflow.domain.life import State, WorkflowState
-from agentflow.domain.state import APPLIED, At, Kind, Namespace, Task, Verdict
+from agentflow.domain.state import APPLIED, At, Ended, Kind, Namespace, Task, Verdict
 from agentflow.domain.steps import node_of
 from agentflow.events import (
     Event,
@@ -105,13 +105,14 @@ class Recorder:
             judged = judge(message.subject, message.data, message.headers)
         self._kind = judged.kind
         self._steps.clear()
+        ended = len(state.ended)
         if judged.kind in IN_BULK and judged.whole is None and judged.level == LEVEL_FIRST:
             verdicts = fold(state, message.seq, message.time_ns, judged)
             self._many(message.seq, judged, verdicts)
         else:
             verdicts = fold(state, message.seq, message.time_ns, judged, self._observe)
-        if state.ended:
-            self._end_workflows()
+        if len(state.ended) > ended:
+            self._end_workflows(state.ended[ended:])
         self._frame(message, judged)
         return verdicts
 
@@ -441,13 +442,12 @@ class Recorder:
             )
         )
 
-    def _end_workflows(self) -> None:
+    def _end_workflows(self, what_ended: Sequence[Ended]) -> None:
         """The fold's own word on which workflows ended."""
-        for ended in self.state.ended:
+        for ended in what_ended:
             if isinstance(ended.state, WorkflowState):
                 pos = ended.seq * INDEXES + ended.index
                 self._put("workflow_ends", self._workflows.pop(ended.id), pos, str(ended.state))
-        self.state.ended.clear()
 
     def _cancel_requested(self, event: TaskCancelRequested | WorkflowCancelRequested, pos: int) -> None:
         if isinstance(event, TaskCancelRequested):

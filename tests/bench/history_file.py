@@ -53,6 +53,7 @@ class Building:
 
     def take(self, message: Message) -> None:
         self.recorder.apply(message)
+        self.recorder.state.ended.clear()
         self.chain = chained(self.chain, message)
         if self.recorder.size >= _BATCH_ROWS:
             self.commit()

@@ -19,7 +19,7 @@ from agentflow.ending import end_tasks
 from agentflow.errors import LogGone
 from agentflow.log.memory import MemoryLog, MemoryServer
 from agentflow.log.port import Identity, Log, Message
-from agentflow_projections import projector as projector_module
+from agentflow_projections import file_writer
 from agentflow_projections.database import Database
 from agentflow_projections.hydrate import Prepared, StateFile, history_path, hydrate
 from agentflow_projections.projector import Projector
@@ -132,7 +132,7 @@ async def test_a_pile_too_large_is_written_in_parts(
     expected = World(tmp_path)
     expected.store()
     world.store()
-    monkeypatch.setattr(projector_module, "BATCH_ROWS_MAX", 3)
+    monkeypatch.setattr(file_writer, "BATCH_ROWS_MAX", 3)
     await world.project()
     assert rows_of(world.path) == await expected_rows(expected, tmp_path)
 

@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from agentflow import wire
 from agentflow.errors import InvalidRequest
-from agentflow_projections.projector import KEEP_EVENTS
+from agentflow_projections.file_writer import KEEP_EVENTS
 
 
 class ProjectorConfig(Struct, frozen=True, kw_only=True):
