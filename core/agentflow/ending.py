@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from typing import Any, Final
 
 _AGAIN_S: Final = 1.0
@@ -19,3 +20,18 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
         for task in left:
             task.cancel()
         _, left = await asyncio.wait(left, timeout=_AGAIN_S)
+
+
+async def together(*coroutines: Coroutine[Any, Any, Any]) -> None:
+    """Run them until all are done, or until one fails: then the others are ended, and that is raised.
+
+    Of several that failed the first in the order given is raised.
+    """
+    tasks = [asyncio.create_task(each) for each in coroutines]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    finally:
+        await end_tasks(*tasks)
+    for task in tasks:
+        if not task.cancelled():
+            task.result()

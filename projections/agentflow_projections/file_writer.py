@@ -105,6 +105,11 @@ class FileWriter:
         self._piled.set()
 
     @property
+    def rows(self) -> int:
+        """Rows that wait to be written, about."""
+        return self._recorder.size
+
+    @property
     def is_crowded(self) -> bool:
         """Whether as many rows wait to be written as should."""
         return self._recorder.size >= BATCH_ROWS_MAX

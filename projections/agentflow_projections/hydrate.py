@@ -96,42 +96,41 @@ def history_path(folder: Path, namespace: str) -> Path:
     return folder / f"{namespace}.duckdb"
 
 
-def hydrate(folder: Path, identity: Identity, namespace: str, *, level: int = LEVEL) -> Namespace | None:
+def hydrate(folder: Path, identity: Identity, namespace: str, *, level: int = LEVEL) -> Hydrated | None:
     """The state kept in a folder, if it is one of this log that a fold of this level can go on from.
 
     None, with a line in the log that says why, if there is none: then fold from the beginning.
     """
     path = history_path(folder, namespace).with_suffix(_SNAPSHOT)
     try:
-        document, state = _read(path, namespace, level)
-        fault = _fault(document, identity, level)
+        found = _read(path, namespace, level)
+        fault = _fault(found, identity, level)
     except FileNotFoundError:
         _log.info("no state was kept: the log is read from its beginning", expected=str(path))
         return None
     except (SnapshotUnreadable, OSError) as error:
-        fault, state = str(error), Namespace(namespace)
-    if fault:
-        _log.warning(
-            "the kept state is no use: the log is read from its beginning", path=str(path), reason=fault
-        )
-        return None
-    return state
+        fault = str(error)
+    else:
+        if not fault:
+            return found
+    _log.warning("the kept state is no use: the log is read from its beginning", path=str(path), reason=fault)
+    return None
 
 
-def _fault(document: _Document, identity: Identity, level: int) -> str:
+def _fault(found: Hydrated, identity: Identity, level: int) -> str:
     """Why a fold of a log cannot go on from there; empty if it can."""
-    if (document.stream, document.created_ns) != (identity.name, identity.created_ns):
-        return f"it is of {document.stream} created at {document.created_ns}, the log is {identity.name} of {identity.created_ns}"
-    if document.seq > identity.last_seq:
-        return f"it is of position {document.seq}, but the log ends at {identity.last_seq}"
-    if identity.first_seq > document.seq + 1:
-        return f"it is of position {document.seq}, but the log begins at {identity.first_seq}"
-    if document.level > level:
-        return f"level {document.level} was in force, this fold knows level {level}"
+    if (found.stream, found.created_ns) != (identity.name, identity.created_ns):
+        return f"it is of {found.stream} created at {found.created_ns}, the log is {identity.name} of {identity.created_ns}"
+    if found.seq > identity.last_seq:
+        return f"it is of position {found.seq}, but the log ends at {identity.last_seq}"
+    if identity.first_seq > found.seq + 1:
+        return f"it is of position {found.seq}, but the log begins at {identity.first_seq}"
+    if found.state.level > level:
+        return f"level {found.state.level} was in force, this fold knows level {level}"
     return ""
 
 
-def _read(path: Path, namespace: str, level: int) -> tuple[_Document, Namespace]:
+def _read(path: Path, namespace: str, level: int) -> Hydrated:
     """As `_read_once`; what is replaced while it is read is read anew."""
     for _ in range(_READS_MAX - 1):
         try:
@@ -142,7 +141,7 @@ def _read(path: Path, namespace: str, level: int) -> tuple[_Document, Namespace]
     return _read_once(path, namespace, level)
 
 
-def _read_once(path: Path, namespace: str, level: int) -> tuple[_Document, Namespace]:
+def _read_once(path: Path, namespace: str, level: int) -> Hydrated:
     """Raises SnapshotUnreadable, OSError."""
     data = path.read_bytes()
     body = memoryview(data)[_DIGEST_BYTES:]
@@ -159,7 +158,7 @@ def _read_once(path: Path, namespace: str, level: int) -> tuple[_Document, Names
         raise SnapshotUnreadable(f"it is of {state.name!r} at {state.seq}, not of {namespace!r}")
     state.closed.previous = _read_ids(path.with_name(document.previous.file), document.previous)
     state.closed.current = _read_ids(path.with_name(document.current.file), document.current)
-    return document, state
+    return Hydrated(state, document.stream, document.created_ns, document.seq, document.chain)
 
 
 def _read_ids(path: Path, part: _Generation) -> dict[str, int]:
@@ -250,13 +249,12 @@ class StateFile:
     def read(self) -> Hydrated | None:
         """What is kept there; None, with a line in the log, if it cannot be used."""
         try:
-            document, state = _read(self.path, self.namespace, LEVEL)
+            return _read(self.path, self.namespace, LEVEL)
         except FileNotFoundError:
             return None
         except (SnapshotUnreadable, OSError) as error:
             _log.warning("the kept state cannot be read", path=str(self.path), reason=str(error))
             return None
-        return Hydrated(state, document.stream, document.created_ns, document.seq, document.chain)
 
     def prepare(self, state: Namespace, identity: tuple[str, int], chain: bytes) -> Prepared:
         """The state as it is now, of the log with this name and birth."""

@@ -15,7 +15,7 @@ from typing import Final
 from agentflow.domain.digest import Digests
 from agentflow.domain.fold import fold
 from agentflow.domain.state import Namespace
-from agentflow.ending import end_tasks
+from agentflow.ending import together
 from agentflow.errors import LogGone, OperatingError
 from agentflow.frames import judge
 from agentflow.log.port import Identity, Log
@@ -112,9 +112,7 @@ class Projector:
         try:
             checkpoint = self._database.checkpoint()
             if checkpoint is not None:
-                fault = checkpoint.fault(identity)
-                if fault:
-                    raise LogGone(f"{fault}; {_ANEW}")
+                check_belongs(checkpoint, identity)
                 self._fold_file(checkpoint)
                 return checkpoint
         except DatabaseDamaged as error:
@@ -160,17 +158,7 @@ class Projector:
         assert self._writer is not None, "it is open"
         if until is not None and self.seq >= until:
             return
-        folding = asyncio.create_task(self._follow(self._writer, until), name="projector fold")
-        writing = asyncio.create_task(
-            self._writer.write(until=until, progress=progress), name="projector write"
-        )
-        try:
-            await asyncio.wait((folding, writing), return_when=asyncio.FIRST_EXCEPTION)
-        finally:
-            await end_tasks(folding, writing)
-        for task in (writing, folding):
-            if not task.cancelled():
-                task.result()
+        await together(self._writer.write(until=until, progress=progress), self._follow(self._writer, until))
 
     async def close(self) -> None:
         """Write what is folded, and keep the state. Raises what that meets with; harmless twice."""
@@ -205,3 +193,10 @@ class Projector:
             await writer.still()
             pause_at = loop.time() + _SLICE_S
         self.state.ended.clear()
+
+
+def check_belongs(checkpoint: Checkpoint, identity: Identity) -> None:
+    """Raise LogGone if a file that stands there is not one of this log."""
+    fault = checkpoint.fault(identity)
+    if fault:
+        raise LogGone(f"{fault}; {_ANEW}")

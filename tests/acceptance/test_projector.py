@@ -235,9 +235,8 @@ async def test_up_keeps_the_history_and_starts_its_master_from_there(tmp_path: P
 
 
 def _follows(folder: Path, count: int) -> bool:
-    """Whether the projector of the so many-th start is at work."""
-    log = folder / "log" / "projector.log"
-    return log.exists() and log.read_text().count('"event": "following"') == count
+    """Whether the master of the so many-th start keeps the history itself."""
+    return (folder / "log" / "master.log").read_text().count('"event": "keeping the history"') == count
 
 
 @asynccontextmanager

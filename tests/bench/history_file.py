@@ -125,10 +125,10 @@ def hydrated(folder: Path) -> float:
     collect_garbage_seldom()
     identity = Identity(_STREAM, 1, 1, 1 << 40, 1, 0, -1)
     begun = time.perf_counter()
-    state = hydrate(folder, identity, NAMESPACE)
+    kept = hydrate(folder, identity, NAMESPACE)
     took = time.perf_counter() - begun
-    assert state is not None
-    assert len(state.tasks) == OPEN
+    assert kept is not None
+    assert len(kept.state.tasks) == OPEN
     return took
 
 

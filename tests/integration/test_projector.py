@@ -201,8 +201,9 @@ class TestKeptState:
         half = world.store(60)
         await world.project()
         world.store()
-        state = hydrate(world.path.parent, await world.identity(), NAMESPACE)
-        assert state is not None
+        kept = hydrate(world.path.parent, await world.identity(), NAMESPACE)
+        assert kept is not None
+        state = kept.state
         assert state.seq == half
         found = fold_all([each for each in world.history if each.seq > half], state)
         assert state_hash(found) == state_hash(fold_all(world.history))
@@ -232,8 +233,9 @@ class TestKeptState:
         file.prepare(fold_all(world.history), ("other", 1), b"")
         for ids in world.path.parent.glob("*.ids-*"):
             ids.write_bytes(ids.read_bytes() + b"begun, never finished")
-        state = hydrate(world.path.parent, await world.identity(), NAMESPACE)
-        assert state is not None
+        kept = hydrate(world.path.parent, await world.identity(), NAMESPACE)
+        assert kept is not None
+        state = kept.state
         assert state.seq == half
 
     @pytest.mark.parametrize("name", ["snapshot", "ids-2"])

@@ -192,21 +192,9 @@ class Cluster:
         assert self._server is not None
         reached = ["--nats", self.url, "--namespace", config.namespace, "--supervised"]
         common = [*reached, "--replicas", str(len(self.urls))]
-        histories = ["--data", str(config.data_dir / "history")]
         archive = config.archive
-        self._master = self._child(
-            "master",
-            [
-                *("master", "--name", "master", "--log-bytes-max", str(self._server.max_store_bytes)),
-                *histories,
-                *common,
-            ],
-        )
-        if config.projector:
-            before = ["--archive", archive.where] if archive is not None else []
-            self._followers.append(
-                self._child("projector", ["projector", "--name", "projector", *histories, *before, *common])
-            )
+        leading = ["master", "--name", "master", "--log-bytes-max", str(self._server.max_store_bytes)]
+        self._master = self._child("master", [*leading, *self._history(), *common])
         if archive is not None:
             self._followers.append(self._child("archiver", ["archive", *archive.options(), *reached]))
         cores, memory_mb = os.cpu_count() or 1, psutil.virtual_memory().total // _MB
@@ -229,9 +217,16 @@ class Cluster:
                 str(memory_mb // config.workers),
             ]
             if config.projector:
-                arguments += histories
+                arguments += ["--data", str(config.data_dir / "history")]
             arguments += [word for app in config.apps for word in ("--app", app)]
             self._workers.append(self._child(name, arguments))
+
+    def _history(self) -> list[str]:
+        """What the master is told: it keeps the history, or begins with what is left of one."""
+        folder, archive = str(self.config.data_dir / "history"), self.config.archive
+        if not self.config.projector:
+            return ["--data", folder]
+        return ["--history", folder, *(["--archive", archive.where] if archive is not None else [])]
 
     def _child(self, name: str, arguments: Sequence[str]) -> Child:
         argv = [sys.executable, "-m", "agentflow_nodes", *arguments]

@@ -56,6 +56,24 @@ def master_command(  # noqa: PLR0913, PLR0917 - options
             show_default=False,
         ),
     ] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(
+            "--history",
+            metavar="DIR",
+            help="Keep the history there itself, in DuckDB files, and answer 'agentflow query': no projector is needed.",
+            show_default=False,
+        ),
+    ] = None,
+    archive: Annotated[
+        str | None,
+        typer.Option(
+            "--archive",
+            metavar="DIR|S3",
+            help="With --history: where 'agentflow archive' keeps what was trimmed from the log.",
+            show_default=False,
+        ),
+    ] = None,
     replicas: Replicas = 1,
     nats: Nats = None,
     namespace: Namespaces = None,
@@ -73,6 +91,7 @@ def master_command(  # noqa: PLR0913, PLR0917 - options
         agentflow master
         agentflow master --namespace shop,mail
         agentflow master --all-namespaces
+        agentflow master --history /var/lib/agentflow/history
         agentflow master --nats nats://10.0.0.5:4222 --strategy bin_packing
         agentflow master --nats nats://n1:4222,nats://n2:4222,nats://n3:4222 --replicas 3
     """
@@ -82,6 +101,12 @@ def master_command(  # noqa: PLR0913, PLR0917 - options
     where = target(nats, *namespaces)
     if strategy not in STRATEGIES:
         raise usage(f"--strategy: expected one of {', '.join(STRATEGIES)}; found {strategy!r}")
+    if history is not None and data is not None:
+        raise usage(
+            "--history, --data: expected one of them: it keeps the history itself, or a projector does"
+        )
+    if archive is not None and history is None:
+        raise usage("--archive: expected --history, too: it is for building the history anew")
     config = MasterConfig(
         url=where.url,
         namespaces=namespaces,
@@ -94,6 +119,8 @@ def master_command(  # noqa: PLR0913, PLR0917 - options
         log_bytes_max=log_bytes_max,
         level=level,
         data=data,
+        history=history,
+        archive=archive,
     )
     told = {
         "node": "master",

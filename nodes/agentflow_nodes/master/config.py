@@ -31,6 +31,10 @@ class MasterConfig(Struct, frozen=True, kw_only=True):
     """Bytes the log may take; submissions are turned away near it. 0: as the stream's own limit says."""
     data: Path | None = None
     """The folder where a projector keeps its files: following begins with the state kept there."""
+    history: Path | None = None
+    """The folder where it keeps the histories itself, in a DuckDB file for each namespace; in place of `data`."""
+    archive: str | None = None
+    """Where the archives are, a folder or s3://bucket/prefix: what a history lacks and the log, too, is read there."""
     level: int = LEVEL
     """The highest contract level it lets be used; lowered while a cluster is changed over."""
 

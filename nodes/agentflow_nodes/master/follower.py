@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from agentflow import wire
 from agentflow.domain.digest import Digests
@@ -18,6 +18,17 @@ from agentflow.log.stored import is_stored_as
 
 SLICE_S: Final = 0.02
 """Folding pauses this often to let the event loop do something else."""
+
+
+class Recording(Protocol):
+    """Who folds in the follower's place, and makes more of it."""
+
+    @property
+    def apply(self) -> Callable[[Message, Judged], object]:
+        """Folds one message."""
+
+    async def ready(self) -> None:
+        """Wait while the state must not change."""
 
 
 class Follower:
@@ -37,6 +48,7 @@ class Follower:
     ) -> None:
         self.state: Final = state or Namespace(log.namespace, knows=level)
         self.digests: Final = Digests(self.state)
+        self.recording: Recording | None = None
         self._log = log
         self._on_folded = on_folded
         self._clock = clock
@@ -70,15 +82,25 @@ class Follower:
         async for messages in self._log.follow(self.state.seq):
             await self._fold(messages)
 
+    async def ready(self) -> None:
+        """Wait while the state must not change."""
+        if self.recording is not None:
+            await self.recording.ready()
+
     async def _fold(self, messages: Sequence[Message]) -> None:
-        state = self.state
+        await self.ready()
         pause_at = self._clock() + SLICE_S
         for message in messages:
-            fold(state, message.seq, message.time_ns, self._judge(message))
+            judged = self._judge(message)
+            if self.recording is not None:
+                self.recording.apply(message, judged)
+            else:
+                fold(self.state, message.seq, message.time_ns, judged)
             self.digests.folded()
             if self._clock() >= pause_at:
                 self._tell()
                 await asyncio.sleep(0)
+                await self.ready()
                 pause_at = self._clock() + SLICE_S
         self._tell()
 

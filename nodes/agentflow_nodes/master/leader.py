@@ -189,6 +189,7 @@ class Leader:
         keeper = asyncio.create_task(self._keep_house(), name="housekeeping")
         try:
             while True:
+                await self._follower.ready()
                 end = await self._step()
                 if end is not None:
                     _log.info("term over", namespace=self._log.namespace, master=self._name, why=end.value)

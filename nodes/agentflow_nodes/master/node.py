@@ -8,10 +8,10 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from msgspec.structs import replace
 
@@ -34,7 +34,12 @@ from agentflow_nodes.namespaces import Discovery, Tasks, collect_garbage_seldom
 from agentflow_projections.hydrate import hydrate
 from agentflow_projections.trimmed import fetch_snapshot
 
+if TYPE_CHECKING:
+    from agentflow_nodes.master.history import History
+
 _SWEEP_S: Final = 5.0
+_CLOSE_S_MAX: Final = 6.0
+_LAST_WORDS_S_MAX: Final = 1.0
 # Revisions of a bucket created anew lie above those of an earlier one: a session of before must
 # not be renewed into it. What depends on that for safety is not here but in the log.
 _REVISIONS_PER_S: Final = 2**20
@@ -60,6 +65,8 @@ class Master:
             self.bus, wants=lambda namespace: namespace not in self.seats, serve=self._take_found_seat
         )
         self._stack = AsyncExitStack()
+        self._histories = AsyncExitStack()
+        """Closes them: after whatever folds."""
         self._leaving = False
         self._hashes: dict[str, FoldHashes] = {}
         self._beside: dict[str, tuple[Callable[[], object], ...]] = {}
@@ -69,7 +76,9 @@ class Master:
         collect_garbage_seldom()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.bus)
-            stack.push_async_callback(self._tasks.end)
+            stack.push_async_callback(self._histories.aclose)
+            # A projector beside is closed in good order.
+            stack.push_async_callback(self._tasks.end, patience_s=_CLOSE_S_MAX)
             for namespace in self.config.served:
                 await self._take_seat(namespace)
             if self.config.discover:
@@ -88,6 +97,8 @@ class Master:
         self._leaving = True
         await asyncio.gather(*(seat.leave() for seat in self.seats.values()))
         await self._sessions.leave()
+        if self.config.history is not None and error is None:
+            await self._read_last_words()
         await self._stack.aclose()
 
     @property
@@ -99,13 +110,18 @@ class Master:
         """Wait until it stops by itself, and raise why: LogGone, or a bug."""
         await self._tasks.failed()
 
+    def _leads(self, namespace: str) -> bool:
+        seat = self.seats.get(namespace)
+        return seat is not None and seat.leading
+
     # Seats -----------------------------------------------------------------------------
 
     async def _take_seat(self, namespace: str, *, create: bool = True) -> None:
         config = self.config
         log = JetStreamLog(self.bus, namespace, replicas=config.replicas, create=create)
         await log.__aenter__()  # nothing to release: the bus is ours
-        state = await self._kept_state(log)
+        history = await self._open_history(log) if config.history is not None else None
+        state, chain = await self._kept_state(log)
         seat = Seat(log, config, self._instance, self._sessions, partial(self._tell, namespace), state=state)
         await seat.liveness.listen(self.bus)
         services = Services(self.bus, seat.follower.state, lambda: seat.leading, lambda: seat.follower.now_ms)
@@ -115,9 +131,16 @@ class Master:
         await hashes.listen()
         self._hashes[namespace] = hashes
         self.seats[namespace] = seat
+        ends: list[Callable[[], object]] = [seat.liveness.close, services.close, hashes.close]
+        if history is not None:
+            history.follow(seat.follower.state, chain)
+            seat.follower.recording = history
+            ends.append(self._tasks.start(history.run(), f"history of {namespace}").cancel)
         self._tasks.start(seat.run(), namespace)
-        sweep = self._tasks.start(self._sweep(namespace, seat, log), f"abandoned locks of {namespace}")
-        self._beside[namespace] = (sweep.cancel, seat.liveness.close, services.close, hashes.close)
+        ends.append(
+            self._tasks.start(self._sweep(namespace, seat, log), f"abandoned locks of {namespace}").cancel
+        )
+        self._beside[namespace] = tuple(ends)
 
     async def _take_found_seat(self, namespace: str) -> None:
         await self._take_seat(namespace, create=False)
@@ -129,22 +152,41 @@ class Master:
             end()
         self._sessions.touch()
 
-    async def _kept_state(self, log: JetStreamLog) -> Namespace | None:
-        """The state a projector keeps on this machine, or the one that stands for what was trimmed.
+    async def _open_history(self, log: JetStreamLog) -> History:
+        """Raises LogGone if the file is one of another log."""
+        from agentflow_nodes.master.history import History  # noqa: PLC0415 - DuckDB, for who needs it
+
+        namespace = log.namespace
+        history = History(self.bus, self.config, namespace, lambda: self._leads(namespace))
+        self._histories.push_async_callback(history.close)
+        await history.open(await log.identity())
+        return history
+
+    async def _kept_state(self, log: JetStreamLog) -> tuple[Namespace | None, bytes | None]:
+        """The state kept on this machine, or the one that stands for what was trimmed, and the chain up to it.
 
         With it only the log's tail is read. Neither is of use or needed: None.
         """
         config, identity = self.config, await log.identity()
-        state: Namespace | None = None
-        if config.data is not None:
-            state = await asyncio.to_thread(hydrate, config.data, identity, log.namespace, level=config.level)
+        folder = config.history or config.data
+        state, chain = None, None
+        if folder is not None:
+            kept = await asyncio.to_thread(hydrate, folder, identity, log.namespace, level=config.level)
+            if kept is not None:
+                state, chain = kept.state, kept.chain
         if state is None and identity.trim is not None:
             objects = ObjectStore(self.bus, log.namespace)
             state, _ = await fetch_snapshot(log, objects, level=config.level)
         if state is not None:
             tail = identity.last_seq - state.seq
             _log.info("begun with a kept state", namespace=log.namespace, seq=state.seq, tail=tail)
-        return state
+        return state, chain
+
+    async def _read_last_words(self) -> None:
+        """What was said by whoever ended before us, and by ourselves, is part of the history."""
+        with suppress(TimeoutError, OperatingError):
+            async with asyncio.timeout(_LAST_WORDS_S_MAX):
+                await asyncio.gather(*(seat.read_all() for seat in self.seats.values()))
 
     async def _wait_caught_up(self) -> None:
         caught_up = asyncio.ensure_future(self._all_caught_up())

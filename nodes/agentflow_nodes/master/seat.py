@@ -171,6 +171,10 @@ class Seat:
         except (OperatingError, TimeoutError) as error:
             _log.info("left without saying so", namespace=self.namespace, error=str(error) or "no answer")
 
+    async def read_all(self) -> None:
+        """Wait until everything that is in the log now is folded. Raises OperatingError."""
+        await self.follower.reach((await self._log.identity()).last_seq)
+
     # Following -------------------------------------------------------------------------
 
     def _on_folded(self, ended: Sequence[Ended]) -> None:

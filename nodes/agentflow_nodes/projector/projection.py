@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from agentflow.ending import end_tasks
+from agentflow.ending import together
 from agentflow.errors import LogGone, OperatingError
 from agentflow.log.port import Log
 from agentflow.logs import get_logger
@@ -139,27 +139,19 @@ class Projection:
         _log.info("following", namespace=self.namespace, path=str(self.path), seq=projector.seq)
         self.projector, self.database = projector, database
         self.opened.set()
-        checking = asyncio.create_task(self._check(database), name=f"check {self.path.name}")
         self._moved.set()
-        following = projector.run(progress=lambda _: self._moved.set())
-        running = asyncio.create_task(following, name=f"projector {self.namespace}")
-        try:
-            await asyncio.wait((checking, running), return_when=asyncio.FIRST_EXCEPTION)
-        finally:
-            await end_tasks(running, checking)
-        for task in (running, checking):
-            if not task.cancelled():
-                task.result()
+        await together(projector.run(progress=lambda _: self._moved.set()), check_file(database))
 
-    async def _check(self, database: Database) -> None:
-        """Look once whether the file can be read whole: what was damaged long ago is not met with otherwise."""
-        cursor = database.cursor()
-        checking = asyncio.ensure_future(asyncio.to_thread(database.check_blocks, cursor))
-        try:
-            await asyncio.shield(checking)
-        except asyncio.CancelledError:
-            while not checking.done():
-                cursor.interrupt()
-                await asyncio.wait((checking,), timeout=_INTERRUPT_S)
-            checking.exception()  # it says that it was interrupted
-            raise
+
+async def check_file(database: Database) -> None:
+    """Look once whether the file can be read whole: what was damaged long ago is not met with otherwise."""
+    cursor = database.cursor()
+    checking = asyncio.ensure_future(asyncio.to_thread(database.check_blocks, cursor))
+    try:
+        await asyncio.shield(checking)
+    except asyncio.CancelledError:
+        while not checking.done():
+            cursor.interrupt()
+            await asyncio.wait((checking,), timeout=_INTERRUPT_S)
+        checking.exception()  # it says that it was interrupted
+        raise
