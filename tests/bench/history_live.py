@@ -138,7 +138,7 @@ async def follow(url: str, folder: Path) -> None:
             writer = projector._writer
             assert writer is not None
             watching = Watching(writer, database)
-            writer.apply = watching.timed(writer.apply)  # type: ignore[method-assign]
+            writer.apply = watching.timed(writer.apply)  # type: ignore[method-assign,assignment]
             running = asyncio.create_task(projector.run())
             await _until_told(watching)
             running.cancel()
@@ -187,7 +187,7 @@ async def beside_noop(tasks: int, runs: int) -> Figures:
 
 
 def _median(found: list[dict[str, Any]], key: str) -> float:
-    return statistics.median(each[key] for each in found)
+    return float(statistics.median(each[key] for each in found))
 
 
 async def _measured(way: str, tasks: int) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from agentflow_nodes.master.beside import Beside
 from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.projector.projection import check_file
 from agentflow_projections.chain import START, chained
-from agentflow_projections.database import Checkpoint, Database
+from agentflow_projections.database import Checkpoint, Database, DatabaseLocked
 from agentflow_projections.file_writer import BATCH_ROWS_MAX, FileWriter
 from agentflow_projections.hydrate import StateFile, history_path
 from agentflow_projections.projector import check_belongs
@@ -40,6 +40,8 @@ from agentflow_projections.service import QueryService
 
 _OPEN_S_MAX: Final = 3.0
 """The master waits no longer for its file: after a crash DuckDB has up to half a gigabyte to replay."""
+_LOCKED_S_MAX: Final = 1.5
+_LOCKED_PAUSE_S: Final = 0.1
 _ROWS_MAX: Final = 10 * BATCH_ROWS_MAX
 """A leader does not wait for a slow disk: with more rows waiting than this it gives the file up."""
 
@@ -77,15 +79,25 @@ class History:
 
     async def open(self, identity: Identity) -> None:
         """Open the file, if that does not take long. Raises LogGone if it is one of another log."""
-        opening = asyncio.ensure_future(self._in_thread(lambda: self._open(identity)))
         try:
-            self._checkpoint = await asyncio.wait_for(asyncio.shield(opening), _OPEN_S_MAX)
+            self._checkpoint = await asyncio.wait_for(self._open_patiently(identity), _OPEN_S_MAX)
         except TimeoutError:
             _log.warning("opening the history takes long: it is left to a projector", path=str(self._path))
         except LogGone:
             raise
         except OperatingError as error:
             self._say(error)
+
+    async def _open_patiently(self, identity: Identity) -> Checkpoint:
+        """Whoever kept it before may be about to end."""
+        patient_until = asyncio.get_running_loop().time() + _LOCKED_S_MAX
+        while True:
+            try:
+                return await self._in_thread(lambda: self._open(identity))
+            except DatabaseLocked:
+                if asyncio.get_running_loop().time() > patient_until:
+                    raise
+                await asyncio.sleep(_LOCKED_PAUSE_S)
 
     def _open(self, identity: Identity) -> Checkpoint:
         self._database.__enter__()
