@@ -242,20 +242,20 @@ def test_cancelling_what_runs_and_what_waits(up: Up) -> None:
 # Nodes -------------------------------------------------------------------------------
 
 
-def children(up: Up) -> set[str]:
-    """The nodes that `agentflow up` started."""
+def children(up: Up) -> dict[str, list[str]]:
+    """The nodes that `agentflow up` started, and what they were told."""
     commands = [child.cmdline() for child in psutil.Process(up.process.pid).children()]
-    return {words[3] for words in commands if words[1:3] == ["-m", "agentflow_nodes"]}
+    return {words[3]: words[4:] for words in commands if words[1:3] == ["-m", "agentflow_nodes"]}
 
 
 def test_up_is_ready_soon_and_its_data_survives(own_up: Up, tmp_path: Path) -> None:
     assert own_up.ready["seconds"] < READY_S_MAX
     own_up.run("submit", "--shell", "echo kept", "--id", "kept", "--wait")
-    assert "projector" in children(own_up)
+    assert "--history" in children(own_up)["master"]
     assert own_up.stop(signal.SIGINT) == 0
     again = Up(tmp_path, "--no-projector")
     try:
-        assert "projector" not in children(again)
+        assert "--history" not in children(again)["master"]
         assert again.json("task", "kept")["result"] == "kept"
         assert again.run("submit", "--shell", "echo kept", "--id", "kept", "--wait") == "kept\n"
         assert len(again.lines("events", "--task", "kept", "--kind", "task.assigned")) == 1

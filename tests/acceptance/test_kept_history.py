@@ -35,7 +35,7 @@ _HOLD: Final = (
 )
 _KEEPS: Final = '"event": "keeping the history"'
 _LEAVES: Final = "left to a projector"
-_KILLS: Final = 3
+_KILLS: Final = 2
 _KEPT: Final = ("master", "--name", "kept", "--lease-ttl-s", "1", "--history")
 
 pytestmark = pytest.mark.timeout(120)

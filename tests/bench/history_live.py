@@ -51,6 +51,8 @@ _RECENT: Final = (
 )
 _QUERY_PAUSE_S: Final = 0.02
 _LOOK_S: Final = 0.005
+_ASKED: Final = "AGENTFLOW_BENCH_ASKED"
+"""Set: questions are asked all the time, which takes CPU for itself."""
 
 
 class Watching:
@@ -104,10 +106,15 @@ class Watching:
     def figures(self) -> dict[str, float]:
         """Lags and times of answers since `reset`."""
         asked = [each for each in self.asked_ms if each]
-        return {
+        lags = {
             "lag_p50_ms": percentile(self.lags_ms, 0.5),
             "lag_p99_ms": percentile(self.lags_ms, 0.99),
             "lag_max_ms": max(self.lags_ms),
+        }
+        if not asked:
+            return lags
+        return {
+            **lags,
             "point_query_p50_ms": percentile(asked, 0.5),
             "point_query_p99_ms": percentile(asked, 0.99),
             "point_queries": len(asked),
@@ -157,7 +164,9 @@ async def _until_told(watching: Watching | None) -> None:
         await stop.wait()
         print("{}", flush=True)
         return
-    tasks = [asyncio.create_task(watching.look()), asyncio.create_task(watching.ask())]
+    tasks = [asyncio.create_task(watching.look())]
+    if os.environ.get(_ASKED):
+        tasks.append(asyncio.create_task(watching.ask()))
     await stop.wait()
     while watching.waiting:
         await asyncio.sleep(_LOOK_S)
@@ -168,14 +177,19 @@ async def _until_told(watching: Watching | None) -> None:
 
 
 async def beside_noop(tasks: int, runs: int) -> Figures:
-    """The no-op benchmark of part one without a history, with one, and with a projector beside, in turn."""
-    ways: dict[str, list[dict[str, Any]]] = {"without": [], "kept": [], "beside": []}
+    """The no-op benchmark of part one, several times in turn.
+
+    Without a history; with one that the master keeps; that one, asked all the time; a projector beside.
+    """
+    ways: dict[str, list[dict[str, Any]]] = {"without": [], "kept": [], "asked": [], "beside": []}
     for _ in range(runs):
         for way, found in ways.items():
             found.append(await _measured(way, tasks))
-    without, kept, beside = ({key: _median(found, key) for key in found[0]} for found in ways.values())
+    medians = {way: {key: _median(found, key) for key in found[0]} for way, found in ways.items()}
+    without, kept, asked, beside = medians.values()
     return {
-        **{key: value for key, value in kept.items() if key.startswith(("lag", "point"))},
+        **{key: value for key, value in kept.items() if key.startswith("lag")},
+        **{key: value for key, value in asked.items() if key.startswith("point")},
         "noop_without_history_per_s": without["tasks_per_s"],
         "noop_with_projector_per_s": kept["tasks_per_s"],
         "noop_cpu_us_without_history": without["cpu_us_per_task"],
@@ -194,10 +208,9 @@ async def _measured(way: str, tasks: int) -> dict[str, Any]:
     """One run, in a cluster of its own."""
     with tempfile.TemporaryDirectory(prefix="af-history-") as folder:
         async with Stack(masters=0, workers=0) as stack:
-            roles = {"without": (("master",),), "kept": (("master", folder),)}
-            beside = (("master",), ("projector", folder))
-            for role, *rest in roles.get(way, beside):
-                stack.nodes[role] = await _start(role, stack.url, *rest)
+            roles = {"without": (("master",),), "beside": (("master",), ("projector", folder))}
+            for role, *rest in roles.get(way, (("master", folder),)):
+                stack.nodes[role] = await _start(role, stack.url, *rest, asked=way == "asked")
             await stack.start("worker", "w1", 8)
             await measure(stack, min(tasks, 20_000))
             watched = stack.nodes["projector" if way == "beside" else "master"]
@@ -212,12 +225,13 @@ async def _measured(way: str, tasks: int) -> dict[str, Any]:
     return {**found, **counted, "projector_cpu_us": used / tasks * 1e6}
 
 
-async def _start(role: str, url: str, *rest: str) -> asyncio.subprocess.Process:
+async def _start(role: str, url: str, *rest: str, asked: bool = False) -> asyncio.subprocess.Process:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     node = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.bench.history_live", role, url, *rest),
         stdout=asyncio.subprocess.PIPE,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+        env={**os.environ, "PYTHONPATH": path, _ASKED: "yes" if asked else ""},
     )
     assert node.stdout is not None
     assert await asyncio.wait_for(node.stdout.readline(), 60) == b"ready\n"

@@ -37,7 +37,7 @@ class _Entry(NamedTuple):
 
 
 COMMANDS: Final = (
-    _Entry("up", "up", RUN, "Start NATS, a master, workers and a projector on this machine."),
+    _Entry("up", "up", RUN, "Start NATS, a master, workers and a history on this machine."),
     _Entry("run", "run", RUN, "Run a workflow file and show how it goes."),
     _Entry("master", "master", RUN, "Start a master: it leads the namespace, or stands by."),
     _Entry("worker", "worker", RUN, "Start a worker: it runs tasks."),

@@ -1,8 +1,8 @@
-"""Everything on one machine: a NATS server, a master, workers, a projector, an archiver, started and supervised.
+"""Everything on one machine: a NATS server, a master that keeps the history, workers, an archiver, supervised.
 
 All but the server are child processes of ours. A child that dies is started again after a
 growing pause. Leaving ends them in order: workers finish what they run, then the master, then
-the projector and the archiver, which so have their last words, then the server. Their logs are in the data folder.
+the archiver, which so has the last words, then the server. Their logs are in the data folder.
 """
 
 from __future__ import annotations

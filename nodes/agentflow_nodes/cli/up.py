@@ -79,11 +79,11 @@ def up_command(  # noqa: PLR0913, PLR0917 - options
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Start NATS, a master, workers and a projector on this machine.
+    """Start NATS, a master, workers and a history on this machine.
 
-    Ctrl-C or SIGTERM ends all in order: workers finish what they run, then the master, then
-    the projector, the archiver if there is one, and the server. A second Ctrl-C ends everything at once. What was acknowledged is on disk and
-    there again at the next start. With --replicas 3 three NATS servers run on the ports from
+    Ctrl-C or SIGTERM ends all in order: workers finish what they run, then the master with the
+    history, the archiver if there is one, and the server. A second Ctrl-C ends everything at once.
+    What was acknowledged is on disk and there again at the next start. With --replicas 3 three NATS servers run on the ports from
     --port on, and the work goes on while one of them is dead; they share this machine's disk.
 
     For example:

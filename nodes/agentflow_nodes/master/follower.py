@@ -26,6 +26,7 @@ class Recording(Protocol):
     @property
     def apply(self) -> Callable[[Message, Judged], object]:
         """Folds one message."""
+        ...
 
     async def ready(self) -> None:
         """Wait while the state must not change."""
