@@ -136,6 +136,7 @@ async def test_up_ends_with_the_log_and_starts_nothing_again(tmp_path: Path) -> 
     assert "is not what it was" in error.decode()
     assert "Bring the folder back from a backup" in error.decode()
     (tmp_path / "logs.json").unlink()
+    (tmp_path / "history").rename(tmp_path / "history-of-before")
     anew = await _up(tmp_path)
     await _ready(anew)
     anew.send_signal(signal.SIGTERM)

@@ -49,7 +49,7 @@ async def check_log(data_dir: Path, urls: Sequence[str], namespace: str) -> None
         raise CliError(
             f"the log of namespace {namespace!r} in {data_dir} is not what it was, expected one that reaches"
             f" {kept.last_seq}: {gone}. Bring the folder back from a backup; to begin with what is there now,"
-            f" remove {data_dir / _FILE}",
+            f" remove {data_dir / _FILE}, and move {data_dir / 'history'} away: it tells of the log that was there",
             Exit.LOG_GONE,
         ) from gone
 
