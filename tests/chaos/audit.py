@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from tests.chaos import journal
 from tests.chaos.folding import INDEXES, Folding
+from tests.chaos.histories import compared
 from tests.chaos.options import NAMESPACE
 from tests.chaos.record import recorded
 
@@ -142,6 +143,8 @@ class Audit:
         self._load_effects()
         self._load_observations()
         self._load_files()
+        for table in compared(self._folder):
+            self._rows.add("history", (table.folder, table.table, table.rows, table.wrong))
         for part in sorted(self._parts):
             self._rows.add("part", (part,))
         self._rows.flush()

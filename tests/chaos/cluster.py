@@ -17,6 +17,7 @@ from agentflow import wire
 from agentflow.errors import AgentFlowError
 from agentflow.log.stream import ask
 from tests.chaos.app import EFFECTS_VARIABLE
+from tests.chaos.histories import PREFIX
 from tests.chaos.journal import Journal
 from tests.chaos.nodes import Clock, Node
 from tests.chaos.nodes import agentflow as command
@@ -95,7 +96,8 @@ class Cluster:
         options = self.options
         for number in range(options.masters):
             ttls = ("--lease-ttl-s", str(options.lease_ttl_s), "--worker-ttl-s", str(options.worker_ttl_s))
-            self.masters.append(await self._node(stack, f"master-{number}", "master", *ttls))
+            kept = () if number else ("--history", str(self.folder / f"{PREFIX}{number}"))
+            self.masters.append(await self._node(stack, f"master-{number}", "master", *ttls, *kept))
         for number in range(options.workers):
             given = ("--app", "tests.chaos.app", "--slots", str(options.slots), "--cpu", "4")
             self.workers.append(await self._node(stack, f"worker-{number}", "worker", *given))

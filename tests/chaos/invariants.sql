@@ -426,3 +426,9 @@ left join (
     select a.task, a.attempt, w.name as worker, count(*) as times from ev a join worker w on w.incarnation = a.incarnation
     where a.kind = 'task.assigned' and a.task in (select task from fx) group by all) a
 on a.task = f.task and a.attempt = f.attempt and a.worker = f.worker where f.times > coalesce(a.times, 0)
+
+-- name: H01_history_is_not_the_log
+-- A history that a master kept, whatever happened to it, is the one that the log makes.
+-- part: always
+-- looked: select coalesce(sum(found), 0) from history where name in ('frames', 'task_changes')
+select folder, name, wrong from history where wrong <> ''

@@ -192,6 +192,7 @@ def _observations(run: Run) -> None:
     run.add("object", 6, "an object", "")
     run.add("file", "worker-0.log", False)
     run.add("rest", "tasks", 0)
+    run.add("history", "history-0", "frames", LAST, "")
     for part in sorted({invariant.part for invariant in invariants()} - {"always"}):
         run.add("part", part)
 

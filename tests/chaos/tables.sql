@@ -56,6 +56,8 @@ create table object (seq bigint, name varchar, wrong varchar);
 -- Files beside the log in which the planted secret was looked for.
 create table file (name varchar, canary boolean);
 create table fault (number integer, family varchar, kind varchar, target varchar, hit varchar);
+-- Each table of each history that a master kept; wrong empty: it is what the log says.
+create table history (folder varchar, name varchar, found bigint, wrong varchar);
 -- What this run contained: kinds of load and of faults. Queries that need what it did not may find no rows.
 create table part (name varchar);
 -- The end of the fold: parts of its state that must be empty once all is quiet.

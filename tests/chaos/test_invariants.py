@@ -86,6 +86,7 @@ SPOILT: dict[str, Callable[[Run], None]] = {
     "I24_secret_shown": lambda run: run.sql("update file set canary = true"),
     "E01_effect_of_nothing_assigned": lambda run: run.sql("update fx set worker = 'w2'"),
     "E02_completed_without_effect": lambda run: run.sql("delete from fx where what = 'end'"),
+    "H01_history_is_not_the_log": lambda run: run.sql("update history set wrong = '36 rows, expected 37'"),
     "E03_one_assignment_run_twice": lambda run: run.add("fx", 9, "begin", "t1", 1, "w1", 11, 9, 0),
 }
 
