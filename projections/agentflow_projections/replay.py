@@ -196,14 +196,16 @@ async def verify(
         begun = begin_by(past, replace(until, seq=end)).seq
         state = await project(past, database, until=replace(until, seq=end), progress=progress)
         low = max(begun + 1, first_seq)
-        compared = await compare(_asking(database), ask, low=low, high=state.seq)
+        compared = await compare(asking(database), ask, low=low, high=state.seq)
         expected = database.checkpoint()
     whole = expected is not None and state.seq == found_seq and not begun and first_seq <= 1
     same_chain = expected.chain.hex().upper() == chain if whole and expected is not None else None
     return replace(compared, chain=same_chain)
 
 
-def _asking(database: Database) -> Ask:
+def asking(database: Database) -> Ask:
+    """Asks a database that is open here."""
+
     async def ask(query: str, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
         rows: Sequence[Sequence[Any]] = database.ask(query, parameters).fetchall()
         return rows

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from msgspec import Struct
 
@@ -15,7 +15,7 @@ from agentflow.log.port import Message
 from agentflow_projections.chain import START, chained
 from agentflow_projections.database import Checkpoint, Database, DatabaseLocked
 from agentflow_projections.hydrate import history_path
-from agentflow_projections.replay import compare
+from agentflow_projections.replay import asking, compare
 from agentflow_projections.rows import Recorder
 from tests.chaos.options import NAMESPACE
 from tests.chaos.record import recorded
@@ -43,7 +43,7 @@ def compared(folder: Path) -> Iterator[Compared]:
         with _opened(history_path(kept, NAMESPACE)) as found, Database(None, NAMESPACE) as expected:
             checkpoint = found.checkpoint() or Checkpoint("", 0, 1, 0, START)
             chain = _project(folder, expected, checkpoint.seq)
-            verified = asyncio.run(compare(_asking(expected), _asking(found), low=1, high=checkpoint.seq))
+            verified = asyncio.run(compare(asking(expected), asking(found), low=1, high=checkpoint.seq))
             wrong = {
                 each.table: f"{each.found_rows} rows, expected {each.expected_rows}; differs at {verified.differs_at}"
                 for each in verified.differences
@@ -91,11 +91,3 @@ def _up_to(folder: Path, until: int) -> Iterator[Message]:
         if message.seq > until:
             return
         yield message
-
-
-def _asking(database: Database) -> Any:
-    async def ask(query: str, parameters: Mapping[str, Any]) -> Sequence[Sequence[Any]]:
-        rows: Sequence[Sequence[Any]] = database.ask(query, parameters).fetchall()
-        return rows
-
-    return ask
