@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any, Final, NoReturn
 
@@ -16,6 +17,7 @@ from agentflow.logs import get_logger
 
 _DISCOVER_S: Final = 2.0
 _NAMES_TIMEOUT_S: Final = 5.0
+_TURN_S: Final = 0.001
 _GC_THRESHOLD: Final = (100_000, 20, 100)
 
 _log = get_logger(__name__)
@@ -24,6 +26,15 @@ _log = get_logger(__name__)
 def collect_garbage_seldom() -> None:
     """For a process that folds: a fold is long-lived objects only, and collecting them often buys nothing."""
     gc.set_threshold(*_GC_THRESHOLD)
+
+
+def take_short_turns() -> None:
+    """For a process in which a thread writes or reads a history beside the one that folds.
+
+    Who wants the interpreter waits for so long until it is taken from who has it. Python's own 5 ms are
+    long for a loop that has to answer, and for a query that needs it several times.
+    """
+    sys.setswitchinterval(_TURN_S)
 
 
 class Tasks:

@@ -30,7 +30,7 @@ from agentflow.log.port import Message
 from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.history import History
 from agentflow_nodes.master.node import Master
-from agentflow_nodes.namespaces import collect_garbage_seldom
+from agentflow_nodes.namespaces import collect_garbage_seldom, take_short_turns
 from agentflow_projections.database import Database
 from agentflow_projections.file_writer import FileWriter
 from agentflow_projections.hydrate import StateFile, history_path
@@ -245,6 +245,7 @@ def main() -> None:
     where = Path(folder[0]) if folder else None
     if role == "projector":
         assert where is not None
+        take_short_turns()
         uvloop.run(follow(url, where))
     else:
         uvloop.run(lead(url, where))

@@ -30,7 +30,7 @@ from agentflow_nodes.master.seat import Seat
 from agentflow_nodes.master.sessions import Sessions
 from agentflow_nodes.master.sharing import Session, handover
 from agentflow_nodes.master.telling import Services, tell
-from agentflow_nodes.namespaces import Discovery, Tasks, collect_garbage_seldom
+from agentflow_nodes.namespaces import Discovery, Tasks, collect_garbage_seldom, take_short_turns
 from agentflow_projections.hydrate import hydrate
 from agentflow_projections.trimmed import fetch_snapshot
 
@@ -74,6 +74,8 @@ class Master:
 
     async def __aenter__(self) -> Self:
         collect_garbage_seldom()
+        if self.config.history is not None:
+            take_short_turns()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.bus)
             stack.push_async_callback(self._histories.aclose)

@@ -13,7 +13,7 @@ from agentflow.errors import LogGone, OperatingError
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.logs import get_logger
 from agentflow_nodes.master.hashes import FoldHashes
-from agentflow_nodes.namespaces import Discovery, Tasks, collect_garbage_seldom
+from agentflow_nodes.namespaces import Discovery, Tasks, collect_garbage_seldom, take_short_turns
 from agentflow_nodes.projector.config import ProjectorConfig
 from agentflow_nodes.projector.projection import Projection
 from agentflow_projections.hydrate import history_path
@@ -44,6 +44,7 @@ class ProjectorNode:
 
     async def __aenter__(self) -> Self:
         collect_garbage_seldom()
+        take_short_turns()
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self.bus)
             # The files are closed in good order.
