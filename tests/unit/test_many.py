@@ -396,10 +396,10 @@ def test_assignments_in_any_order(names: list[str], answers: list[bool]) -> None
     compare(scene.messages)
 
 
-@pytest.mark.parametrize("ended", [lost("w2"), failed("t2", "stopped")])
-def test_tasks_assigned_again(ended: Step, answers: list[bool]) -> None:
+@pytest.mark.parametrize("ended", [[started("t2"), lost("w2")], [stop("t2", "w2"), failed("t2", "stopped")]])
+def test_tasks_assigned_again(ended: list[Step], answers: list[bool]) -> None:
     """What the last attempt left behind is gone."""
-    scene = crowd().given(*PLAIN, assigned("t2", "w2"), started("t2"), stop("t2", "w2"), ended)
+    scene = crowd().given(*PLAIN, assigned("t2", "w2"), *ended)
     require_at_one_go(scene, answers, "w1", assign(scene, *FIVE))
 
 

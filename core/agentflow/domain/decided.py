@@ -59,9 +59,9 @@ def _task_assigned(state: Namespace, event: TaskAssigned, at: At) -> Verdict:
     worker.suspects += task.suspect
     state.last_worker = worker.name
     state.running += 1
-    if demand.lock:
-        state.lock_users[demand.lock] = task.id
-    if not demand.plain:
+    if not task.terms.line.plain:
+        if demand.lock:
+            state.lock_users[demand.lock] = task.id
         worker.used_cpu += demand.cpu
         worker.used_memory_mb += demand.memory_mb
         worker.used_gpus += demand.gpus

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from agentflow import ids
 from agentflow.domain.life import State
-from agentflow.domain.state import At, Ended, Namespace, Task, Terms, Worker
+from agentflow.domain.state import At, Ended, Namespace, Task, Worker
 from agentflow.domain.steps import learn
 from agentflow.domain.tasks import are_alike, new_tasks, release_terms
 from agentflow.events import TaskAssigned, TaskCompleted, TaskSubmitted
@@ -104,7 +104,7 @@ def _assigned(state: Namespace, events: Sequence[TaskAssigned], at: At) -> bool:
             return False
         if task.terms is not terms:
             terms = task.terms
-            if not _is_plain(terms):
+            if not terms.line.plain:
                 return False
     _assign(state, worker, tasks, at)
     return True
@@ -112,18 +112,21 @@ def _assigned(state: Namespace, events: Sequence[TaskAssigned], at: At) -> bool:
 
 def _assign(state: Namespace, worker: Worker, tasks: Sequence[Task], at: At) -> None:
     state.queue.remove_all(tasks)
-    terms, quick_us = None, 0
+    terms, quick_us, total_us, slow = None, 0, 0, 0
     for task in tasks:
         if task.terms is not terms:
             terms, quick_us = task.terms, state.quick_us(task)
         task.state = State.RUNNING
         task.attempt += 1
         task.worker = worker
-        task.started = task.stopping = False
+        if task.started or task.stopping:
+            task.started = task.stopping = False
         task.quick_us = quick_us
-        worker.quick_us += quick_us
-        worker.slow += not quick_us
-    worker.held.update([(task.id, task) for task in tasks])
+        total_us += quick_us
+        slow += not quick_us
+    worker.quick_us += total_us
+    worker.slow += slow
+    worker.held.update(zip([task.id for task in tasks], tasks, strict=True))
     worker.assigned_seq = at.seq
     state.last_worker = worker.name
     state.running += len(tasks)
@@ -149,7 +152,7 @@ def _completed(state: Namespace, events: Sequence[TaskCompleted], at: At) -> boo
             return False
         if task.terms is not terms:
             terms = task.terms
-            if not _is_plain(terms):
+            if not terms.line.plain:
                 return False
     _take_back(state, worker, tasks)
     _close(state, tasks, events, at)
@@ -202,11 +205,6 @@ def _named(state: Namespace, events: Sequence[TaskAssigned] | Sequence[TaskCompl
     except KeyError:
         return None
     return tasks if len(set(named)) == len(named) else None
-
-
-def _is_plain(terms: Terms) -> bool:
-    """Whether tasks with these terms take nothing of a worker but a slot."""
-    return not terms.demand.lock and terms.demand.plain
 
 
 def _step(state: Namespace, tasks: Sequence[Task], to: State) -> None:

@@ -78,10 +78,12 @@ class Lane:
 class Line:
     """Tasks of equal demand."""
 
-    __slots__ = ("demand", "eligible", "lanes", "number", "size", "suspect", "users", "version")
+    __slots__ = ("demand", "eligible", "lanes", "number", "plain", "size", "suspect", "users", "version")
 
     def __init__(self, demand: Demand, number: int, *, suspect: bool) -> None:
         self.demand = demand
+        self.plain = demand.plain and not demand.lock
+        """Whether its tasks take nothing but a slot of a worker."""
         self.suspect = suspect
         self.number = number
         self.users = 0
@@ -202,25 +204,26 @@ class Queue:
     def remove(self, task: Task) -> None:
         """Take a task out."""
         line = self._suspect_line(task.terms.demand) if task.suspect else task.terms.line
-        self._take(line, task.priority, (task,))
+        ticket, task.ticket = task.ticket, 0
+        self._left(line, task.priority, (ticket,))
 
     def remove_all(self, tasks: Sequence[Task]) -> None:
         """Take tasks out, none of them suspect: at one go if they wait in one lane."""
         line, priority = tasks[0].terms.line, tasks[0].priority
-        if all([task.terms.line is line and task.priority == priority for task in tasks]):  # noqa: C419 - a list is faster
-            self._take(line, priority, tasks)
-        else:
+        if not all([task.terms.line is line and task.priority == priority for task in tasks]):  # noqa: C419 - a list is faster
             for task in tasks:
                 self.remove(task)
-
-    def _take(self, line: Line, priority: int, tasks: Sequence[Task]) -> None:
-        lane = line.lanes[priority]
+            return
         tickets = [task.ticket for task in tasks]
         for task in tasks:
             task.ticket = 0
+        self._left(line, priority, tickets)
+
+    def _left(self, line: Line, priority: int, tickets: Sequence[int]) -> None:
+        lane, count = line.lanes[priority], len(tickets)
         lane.left(tickets)
-        line.size -= len(tickets)
-        self.size -= len(tickets)
+        line.size -= count
+        self.size -= count
         if not lane.entries:
             del line.lanes[priority]
         if not line.size:

@@ -67,14 +67,15 @@ def unassign(state: Namespace, task: Task) -> None:
     worker.quick_us -= task.quick_us
     worker.slow -= not task.quick_us
     worker.suspects -= task.suspect
-    demand = task.terms.demand
-    if demand.lock:
-        state.lock_users.pop(demand.lock, None)
-    if not demand.plain:
-        # Fractions do not add up exactly: what is left over must not pile up.
-        worker.used_cpu = worker.used_cpu - demand.cpu if worker.held else 0.0
-        worker.used_memory_mb -= demand.memory_mb
-        worker.used_gpus -= demand.gpus
+    if not task.terms.line.plain:
+        demand = task.terms.demand
+        if demand.lock:
+            state.lock_users.pop(demand.lock, None)
+        if not demand.plain:
+            # Fractions do not add up exactly: what is left over must not pile up.
+            worker.used_cpu = worker.used_cpu - demand.cpu if worker.held else 0.0
+            worker.used_memory_mb -= demand.memory_mb
+            worker.used_gpus -= demand.gpus
 
 
 def lose(state: Namespace, worker: Worker) -> None:
