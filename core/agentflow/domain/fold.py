@@ -81,7 +81,8 @@ def fold(
 ) -> list[Verdict]:
     """Fold one message; the verdict on each of its events, or on the message as a whole.
 
-    A message at or before the last one folded changes nothing.
+    A message at or before the last one folded changes nothing. Frames are folded at one go where
+    that is certain to be the same, unless somebody observes each event.
     """
     if seq <= state.seq:
         return []
