@@ -121,13 +121,17 @@ def as_of(reader: Reader) -> dict[str, float]:
 
 
 def hydrated(folder: Path) -> float:
-    """Seconds until a master has its state."""
+    """Seconds until a master has its history open and its state."""
     collect_garbage_seldom()
     identity = Identity(_STREAM, 1, 1, 1 << 40, 1, 0, -1)
     begun = time.perf_counter()
-    kept = hydrate(folder, identity, NAMESPACE)
-    took = time.perf_counter() - begun
+    with Database(history_path(folder, NAMESPACE), NAMESPACE) as database:
+        checkpoint = database.checkpoint()
+        kept = hydrate(folder, identity, NAMESPACE)
+        took = time.perf_counter() - begun
     assert kept is not None
+    assert checkpoint is not None
+    assert kept.seq == checkpoint.seq
     assert len(kept.state.tasks) == OPEN
     return took
 
