@@ -29,7 +29,7 @@ from agentflow_projections.archive import (
 )
 from agentflow_projections.archive_store import UNFINISHED, ArchiveLocked
 from agentflow_projections.chain import chained
-from agentflow_projections.columns import Columns
+from agentflow_projections.columns import arrow_table
 from agentflow_projections.database import arrow_schemas, sql
 
 _ZSTD_LEVEL: Final = 6
@@ -69,10 +69,7 @@ class Pile:
     def take_rows(self, rows: Mapping[str, Sequence[tuple[Any, ...]]]) -> None:
         """Keep rows, as columns: a hundred times smaller than as tuples."""
         for name, found in rows.items():
-            schema = arrow_schemas()[name]
-            columns = found.columns() if isinstance(found, Columns) else zip(*found, strict=True)
-            arrays = [pa.array(column, field.type) for field, column in zip(schema, columns, strict=True)]
-            table = pa.Table.from_arrays(arrays, schema=schema)
+            table = arrow_table(found, arrow_schemas()[name])
             self._tables.setdefault(name, []).append(table)
 
     def tables(self) -> dict[str, Any]:

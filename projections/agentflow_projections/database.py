@@ -36,7 +36,7 @@ from agentflow.errors import InvalidRequest, OperatingError
 from agentflow.frames import decode_any
 from agentflow.log.port import Identity, Message
 from agentflow.logs import get_logger
-from agentflow_projections.columns import Columns
+from agentflow_projections.columns import arrow_table
 
 HISTORY: Final = ("schema.sql", "views.sql", "comments.sql")
 """The SQL that makes a namespace's history."""
@@ -272,11 +272,9 @@ class Database:
         )
 
     def _append(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        schema = arrow_schemas(self._schema[0])[table]
-        found = rows.columns() if isinstance(rows, Columns) else zip(*rows, strict=True)
-        columns = [pa.array(column, field.type) for field, column in zip(schema, found, strict=True)]
+        found = arrow_table(rows, arrow_schemas(self._schema[0])[table])
         with _errors():
-            self._connection.from_arrow(pa.Table.from_arrays(columns, schema=schema)).insert_into(table)
+            self._connection.from_arrow(found).insert_into(table)
 
     # Reading -----------------------------------------------------------------------------
 

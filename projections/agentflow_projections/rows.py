@@ -7,6 +7,7 @@ decides nothing, so it cannot come to another result than the fold.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -152,60 +153,48 @@ class Recorder:
     def _many_submitted(self, seq: int, judged: Judged, tasks: Sequence[Task]) -> None:
         items, terms, count = judged.items, tasks[0].terms, len(tasks)
         pos = range(seq * INDEXES, seq * INDEXES + count)
+        numbers = range(tasks[0].number, tasks[0].number + count)
         if terms.function and all([task.terms is terms for task in tasks]):  # noqa: C419 - a list is faster
-            numbers = [task.number for task in tasks]
             ids_ = [task.id for task in tasks]
-            titles = [event.title or None for event in items]  # type: ignore[union-attr] # all were applied
-            constant = self._submitted_alike(items[0], tasks[0], judged.actor)
-            shared = [[value] * count for value in constant]
-            self._submissions.extend_columns([numbers, ids_, pos, *shared[3:6], titles, *shared[7:]])
+            titles = _alike([event.title or None for event in items])  # type: ignore[union-attr] # all were applied
+            alike = self._submitted_alike(items[0], tasks[0], judged.actor)
+            self._submissions.extend_columns(count, (numbers, ids_, pos, *alike[3:6], titles, *alike[7:]))
         else:
             at = At(seq, 0, self.state.server_ms, judged.actor)
             for where, item, task in zip(pos, items, tasks, strict=True):
                 self._task_submitted(item, task, where, at)
-        self._change_many(tasks, pos, State.READY, [0] * count, None, None, None)
+        self._change_many(numbers, pos, State.READY, 0, None)
 
     def _many_assigned(self, seq: int, tasks: Sequence[Task]) -> None:
         worker = tasks[0].worker
         assert worker is not None
         pos = range(seq * INDEXES, seq * INDEXES + len(tasks))
-        attempts = [task.attempt for task in tasks]
-        self._change_many(tasks, pos, State.RUNNING, attempts, worker.incarnation, None, None)
+        numbers = array("q", [task.number for task in tasks])
+        attempts = _numbers([task.attempt for task in tasks])
+        self._change_many(numbers, pos, State.RUNNING, attempts, worker.incarnation)
 
     def _many_completed(self, seq: int, items: Sequence[Any], tasks: Sequence[Task]) -> None:
         pos = range(seq * INDEXES, seq * INDEXES + len(tasks))
-        attempts = [task.attempt for task in tasks]
-        begun = [event.started_at_ms or None for event in items]
-        took = [event.run_us for event in items]
-        self._change_many(tasks, pos, State.COMPLETED, attempts, items[0].incarnation, begun, took)
+        numbers = array("q", [task.number for task in tasks])
+        attempts = _numbers([task.attempt for task in tasks])
+        started = [event.started_at_ms for event in items]
+        begun = _numbers(started) if all(started) else _alike([each or None for each in started])
+        took = _numbers([event.run_us for event in items])
+        self._change_many(numbers, pos, State.COMPLETED, attempts, items[0].incarnation, begun, took)
 
     def _change_many(
         self,
-        tasks: Sequence[Task],
-        pos: Sequence[int],
+        numbers: Any,
+        pos: range,
         state: State,
-        attempts: Sequence[int],
+        attempts: Any,
         worker: int | None,
-        begun: Sequence[int | None] | None,
-        took: Sequence[int] | None,
+        begun: Any = None,
+        took: Any = None,
     ) -> None:
-        count = len(tasks)
-        none = [None] * count
-        self._changes.extend_columns(
-            [
-                [task.number for task in tasks],
-                pos,
-                [self.state.clock_ms] * count,
-                [state] * count,
-                [self._kind] * count,
-                attempts,
-                [worker] * count,
-                none if begun is None else begun,
-                none if took is None else took,
-                none,
-                none,
-            ]
-        )
+        now_ms, kind = self.state.clock_ms, self._kind
+        columns = (numbers, pos, now_ms, state, kind, attempts, worker, begun, took, None, None)
+        self._changes.extend_columns(len(pos), columns)
 
     # Frames ----------------------------------------------------------------------------
 
@@ -538,13 +527,25 @@ _LATER: Final = (None, None, None, None)
 _DETERMINISTIC: Final = msgspec.json.Encoder(order="deterministic")
 
 
+def _alike(values: list[Any]) -> Any:
+    """A column: one value, if all are the same."""
+    first = values[0]
+    return first if values[-1] == first and values.count(first) == len(values) else values
+
+
+def _numbers(values: list[int]) -> Any:
+    """The same, of numbers."""
+    alike = _alike(values)
+    return array("q", values) if alike is values else alike
+
+
 def _text_of(value: Mapping[str, str]) -> str | None:
     return _DETERMINISTIC.encode(value).decode() if value else None
 
 
 def _sound(judged: Judged, data: bytes) -> str | None:
     """The events as text that any JSON reader reads alike: only if it is not `data` itself."""
-    if judged.items and data[:1] == b"[" and all(type(item) is not Bad for item in judged.items):
+    if judged.items and data[:1] == b"[" and Bad not in set(map(type, judged.items)):
         return None
     return encode(_shown(judged.items)).decode()
 
