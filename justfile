@@ -5,9 +5,9 @@ set positional-arguments
 # Everything continuous integration checks
 default: checks proof
 
-# What needs no servers: layout, rules, types, imports, and all interleavings of leases and locks
+# What runs nothing: layout, rules, types, imports
 [parallel]
-checks: fmt-check lint mypy pyright imports (model "--quick")
+checks: fmt-check lint mypy pyright imports
 
 # The campaign and all tests, and beside them 500 simulated clusters, since the others wait most of the time
 [parallel, private]
