@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -91,7 +92,7 @@ async def test_a_short_run_breaks_nothing_and_can_be_audited_again(tmp_path: Pat
     assert result["faults"] >= 5
     (folder,) = tmp_path.iterdir()
     assert (folder / LOG).stat().st_size > 100_000
-    assert audit.main(folder) == result["violations"]
+    assert await asyncio.to_thread(audit.main, folder) == result["violations"]
     await eventually(lambda: not _left_running(folder))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import agentflow
 from agentflow.bus import Bus
-from agentflow.errors import AgentFlowError
+from agentflow.errors import AgentFlowError, Disconnected
 from agentflow.events import TaskSubmitted
 from agentflow.log.jetstream import JetStreamLog
 from agentflow_nodes.archiver.node import ArchiverConfig, archiver_of
@@ -115,8 +115,15 @@ async def test_history_is_asked_with_nobody_allowed_more_than_needed(
         handle = await client.submit_task(TaskSubmitted(shell="true"))
         position = (await client.log.identity()).last_seq
         request = {"sql": "SELECT id FROM tasks", "at_least": position}
-        reply = await client.bus.request_reply("afq.default.query", json.dumps(request).encode(), 20)
-        assert json.loads(reply.data)["rows"] == [[handle.id]]
+
+        async def answer() -> bytes:
+            try:
+                reply = await client.bus.request_reply("afq.default.query", json.dumps(request).encode(), 20)
+            except Disconnected:  # it does not listen yet
+                return b""
+            return reply.data
+
+        assert json.loads(await eventually(answer))["rows"] == [[handle.id]]
 
 
 async def test_a_log_is_archived_and_trimmed_with_nobody_allowed_more_than_needed(
