@@ -30,6 +30,8 @@ from agentflow_projections.rows import Recorder
 
 BATCH_ROWS_MAX: Final = 200_000
 """Who can wait folds no more once so many rows wait to be written: some 60 MB."""
+BATCH_BYTES_MAX: Final = 64 << 20
+"""The same, of messages with large arguments or results."""
 PACE_S: Final = 0.2
 """A transaction costs ten milliseconds whatever is in it: no more than one in so long, unless rows pile up."""
 KEEP_EVENTS: Final = 200_000
@@ -77,6 +79,8 @@ class FileWriter:
         self._kept = kept
         self._pace_s = pace_s
         self._keep_events = keep_events
+        self._bytes = 0
+        """Of the messages whose rows wait to be written."""
         self._committing: asyncio.Task[None] | None = None
         self._broken = False
         """A commit began and did not end well: what the file lacks is known to nobody here."""
@@ -102,17 +106,18 @@ class FileWriter:
         """Fold the next message, and pile up its rows."""
         self._since_kept += len(self._recorder.apply(message, judged))
         self._chain = chained(self._chain, message)
+        self._bytes += len(message.data)
         self._piled.set()
 
     @property
-    def rows(self) -> int:
-        """Rows that wait to be written, about."""
-        return self._recorder.size
+    def load(self) -> float:
+        """How much waits to be written; 1: as much as should."""
+        return max(self._recorder.size / BATCH_ROWS_MAX, self._bytes / BATCH_BYTES_MAX)
 
     @property
     def is_crowded(self) -> bool:
-        """Whether as many rows wait to be written as should."""
-        return self._recorder.size >= BATCH_ROWS_MAX
+        """Whether as much waits to be written as should."""
+        return self._recorder.size >= BATCH_ROWS_MAX or self._bytes >= BATCH_BYTES_MAX
 
     async def still(self) -> None:
         """Wait while the state must not change."""
@@ -167,7 +172,7 @@ class FileWriter:
 
     async def _commit_whole(self, *, keep: bool) -> None:
         state = self.state
-        rows = self._recorder.take()
+        rows, self._bytes = self._recorder.take(), 0
         self._piled.clear()
         self._urgent.clear()
         self._room.set()

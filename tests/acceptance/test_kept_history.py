@@ -22,6 +22,7 @@ from agentflow_nodes.cli.errors import Exit
 from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.master.history import History
 from agentflow_nodes.master.node import Master
+from agentflow_projections import file_writer
 from agentflow_projections.database import Database, DatabaseFull
 from agentflow_projections.hydrate import StateFile, history_path
 from tests.acceptance.test_projector import last_seq, load, project
@@ -138,6 +139,13 @@ class TestWhenTheFileIsNotInOrder:
         async with self._led_on(cluster, bus, tmp_path / "kept"):
             monkeypatch.setattr(Database, "commit", refuse)
         monkeypatch.undo()
+        await require_whole(cluster, tmp_path / "kept", tmp_path)
+
+    async def test_on_a_disk_that_is_too_slow(
+        self, cluster: Cluster, bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async with self._led_on(cluster, bus, tmp_path / "kept"):
+            monkeypatch.setattr(file_writer, "BATCH_BYTES_MAX", 1)
         await require_whole(cluster, tmp_path / "kept", tmp_path)
 
     @asynccontextmanager

@@ -126,13 +126,14 @@ async def test_it_writes_what_arrives_while_it_runs(world: World, tmp_path: Path
     assert rows_of(world.path) == await expected_rows(world, tmp_path)
 
 
+@pytest.mark.parametrize(("limit", "most"), [("BATCH_ROWS_MAX", 3), ("BATCH_BYTES_MAX", 300)])
 async def test_a_pile_too_large_is_written_in_parts(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, most: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = World(tmp_path)
     expected.store()
     world.store()
-    monkeypatch.setattr(file_writer, "BATCH_ROWS_MAX", 3)
+    monkeypatch.setattr(file_writer, limit, most)
     await world.project()
     assert rows_of(world.path) == await expected_rows(expected, tmp_path)
 

@@ -32,7 +32,7 @@ from agentflow_nodes.master.config import MasterConfig
 from agentflow_nodes.projector.projection import check_file
 from agentflow_projections.chain import START, chained
 from agentflow_projections.database import Checkpoint, Database, DatabaseLocked
-from agentflow_projections.file_writer import BATCH_ROWS_MAX, FileWriter
+from agentflow_projections.file_writer import FileWriter
 from agentflow_projections.hydrate import StateFile, history_path
 from agentflow_projections.projector import check_belongs
 from agentflow_projections.rows import Recorder
@@ -42,8 +42,8 @@ _OPEN_S_MAX: Final = 3.0
 """The master waits no longer for its file: after a crash DuckDB has up to half a gigabyte to replay."""
 _LOCKED_S_MAX: Final = 1.5
 _LOCKED_PAUSE_S: Final = 0.1
-_ROWS_MAX: Final = 10 * BATCH_ROWS_MAX
-"""A leader does not wait for a slow disk: with more rows waiting than this it gives the file up."""
+_LOAD_MAX: Final = 10.0
+"""A leader does not wait for a slow disk: with ten times as much waiting as should, it gives the file up."""
 
 _log = get_logger(__name__)
 
@@ -72,6 +72,7 @@ class History:
         self._checkpoint: Checkpoint | None = None
         """Where the file stands; None: it is not open."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="history")
+        self._overloaded = asyncio.Event()
         self._settled = asyncio.Event()
         """It is known who keeps the history: the writer, or if there is none, a projector beside."""
 
@@ -151,10 +152,16 @@ class History:
     async def ready(self) -> None:
         """Wait while the state must not change, and, unless it leads, until not too many rows wait."""
         writer = self.writer
-        if writer is not None:
-            await writer.still()
-            if writer.is_crowded and not self._leads():
-                await writer.room()
+        if writer is None:
+            return
+        await writer.still()
+        if not writer.is_crowded:
+            return
+        if not self._leads():
+            await writer.room()
+        elif writer.load >= _LOAD_MAX:
+            self._let_go()
+            self._overloaded.set()
 
     # Keeping -----------------------------------------------------------------------------
 
@@ -174,12 +181,11 @@ class History:
         """Until something happens to the file, which is raised."""
         _log.info("keeping the history", path=str(self._path), seq=writer.seq)
         async with QueryService(self._bus, self._state.name, lambda: self._database):
-            await together(writer.write(progress=lambda _: self._watch(writer)), check_file(self._database))
+            await together(writer.write(), check_file(self._database), self._wait_overloaded())
 
-    @staticmethod
-    def _watch(writer: FileWriter) -> None:
-        if writer.rows > _ROWS_MAX:
-            raise OperatingError("the file takes rows more slowly than they come")
+    async def _wait_overloaded(self) -> None:
+        await self._overloaded.wait()
+        raise OperatingError("the file takes rows more slowly than they come")
 
     def _say(self, error: OperatingError) -> None:
         _log.warning(
