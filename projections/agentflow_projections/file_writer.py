@@ -133,6 +133,10 @@ class FileWriter:
         """Have what there is written now."""
         self._urgent.set()
 
+    def abandon(self) -> None:
+        """Nothing more is written: nobody need wait for room."""
+        self._room.set()
+
     # Writing -----------------------------------------------------------------------------
 
     async def write(self, *, until: int | None = None, progress: Progress | None = None) -> None:

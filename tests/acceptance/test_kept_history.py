@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -147,6 +149,30 @@ class TestWhenTheFileIsNotInOrder:
         async with self._led_on(cluster, bus, tmp_path / "kept"):
             monkeypatch.setattr(file_writer, "BATCH_BYTES_MAX", 1)
         await require_whole(cluster, tmp_path / "kept", tmp_path)
+
+    async def test_a_standby_that_waits_for_a_disk_that_is_full_follows_on(
+        self, cluster: Cluster, bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        await cluster.leader(name="first")
+        await cluster.worker()
+        standby = await cluster.master(name="second", history=tmp_path / "kept")
+        refused = asyncio.Event()
+
+        def refuse(*_: Any, **__: Any) -> None:
+            loop.call_soon_threadsafe(refused.set)
+            time.sleep(0.3)  # in the thread that writes, so that the fold comes to wait
+            raise DatabaseFull("no room")
+
+        loop = asyncio.get_running_loop()
+        monkeypatch.setattr(Database, "commit", refuse)
+        monkeypatch.setattr(file_writer, "BATCH_BYTES_MAX", 1)
+        await work(cluster)
+        await refused.wait()
+        await work(cluster)
+        seq = await last_seq(bus)
+        await eventually(lambda: standby.seats["default"].follower.state.seq >= seq)
+        assert history_of(standby).writer is None
+        monkeypatch.undo()
 
     @asynccontextmanager
     async def _led_on(self, cluster: Cluster, bus: Bus, folder: Path) -> AsyncGenerator[None]:

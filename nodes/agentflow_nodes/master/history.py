@@ -199,7 +199,9 @@ class History:
         """Fold as if there was no file."""
         self.apply = self._fold
         self._state.steps = None
-        self.writer = None
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            writer.abandon()
 
     async def close(self) -> None:
         """Write what is folded, keep the state, and let go of the file."""
