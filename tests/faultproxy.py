@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from types import TracebackType
 from typing import Self
 
 _CHUNK_BYTES = 64 * 1024
 _CUT_AGAIN_S = 0.05
-_TICK_S = 0.000_001
-"""What is delayed by the same time keeps its order by this much."""
 
 
 class FaultProxy:
@@ -156,21 +155,30 @@ class FaultProxy:
 
 
 class _Line:
-    """Sends in order, also while the delay changes."""
+    """Sends in order, also while the delay changes: a loop's timers do not keep the order of moments that are close."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
         self._loop = asyncio.get_running_loop()
+        self._under_way: deque[tuple[float, bytes]] = deque()
+        """When what arrives."""
         self._last = 0.0
-        """When the last of what is under way arrives."""
 
     def send(self, data: bytes, delay_s: float) -> None:
-        now = self._loop.time()
-        if not delay_s and self._last <= now:
+        if not delay_s and not self._under_way:
             self._arrive(data)
             return
-        self._last = max(now + delay_s, self._last + _TICK_S)
-        self._loop.call_at(self._last, self._arrive, data)
+        self._last = max(self._loop.time() + delay_s, self._last)
+        self._under_way.append((self._last, data))
+        if len(self._under_way) == 1:
+            self._loop.call_at(self._last, self._let_in)
+
+    def _let_in(self) -> None:
+        now = self._loop.time()
+        while self._under_way and self._under_way[0][0] <= now:
+            self._arrive(self._under_way.popleft()[1])
+        if self._under_way:
+            self._loop.call_at(self._under_way[0][0], self._let_in)
 
     def _arrive(self, data: bytes) -> None:
         if not self._writer.is_closing():

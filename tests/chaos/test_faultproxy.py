@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any, cast
 
 import pytest
+import uvloop
 
 from agentflow.bus import Bus
 from agentflow.log.jetstream import JetStreamLog
 from agentflow.log.port import Done, Frame, Unknown
 from tests.eventually import eventually
-from tests.faultproxy import FaultProxy
+from tests.faultproxy import FaultProxy, _Line
 from tests.servers import NatsServer
 
 SUBJECT = "af.proxied.task.submitted.c"
@@ -39,6 +42,42 @@ async def test_a_delay_counts_each_way_and_keeps_the_order(proxy: FaultProxy) ->
             await asyncio.sleep(0)
         await eventually(lambda: len(heard) == 50)
         assert heard == list(range(50))
+
+
+class _Heard:
+    """What arrived at the other end."""
+
+    def __init__(self) -> None:
+        self.said: list[int] = []
+
+    def is_closing(self) -> bool:
+        return False
+
+    def write(self, data: bytes) -> None:
+        self.said.append(int(data))
+
+
+@pytest.mark.parametrize("loop_runs", [asyncio.run, uvloop.run], ids=["asyncio", "uvloop"])
+def test_whatever_the_delay_is_nothing_overtakes_what_was_said_before(
+    loop_runs: Callable[[Any], None],
+) -> None:
+    """A stream whose bytes change places is one that no network makes, and that nobody need survive."""
+    chance = random.Random(1)
+
+    async def talk() -> None:
+        heard = _Heard()
+        line = _Line(cast("asyncio.StreamWriter", heard))
+        for number in range(2_000):
+            line.send(str(number).encode(), chance.choice((0.0, 0.003, 0.006)))
+            if not number % 3:
+                busy_until = time.perf_counter() + chance.random() * 0.000_6
+                while time.perf_counter() < busy_until:
+                    pass
+                await asyncio.sleep(0)
+        await eventually(lambda: len(heard.said) == 2_000)
+        assert heard.said == list(range(2_000))
+
+    loop_runs(talk())
 
 
 async def test_a_write_whose_acknowledgement_is_swallowed_is_stored(proxy: FaultProxy) -> None:
