@@ -1,8 +1,10 @@
-"""Ending tasks for certain."""
+"""Ending tasks and processes for certain."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from asyncio.subprocess import Process
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -20,6 +22,22 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
         for task in left:
             task.cancel()
         _, left = await asyncio.wait(left, timeout=_AGAIN_S)
+
+
+async def end_process(process: Process, patience_s: float) -> bool:
+    """Ask a process to end (SIGTERM), wait, and kill it if it takes longer than that: True. Harmless twice."""
+    if process.returncode is not None:
+        return False
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        await asyncio.wait_for(process.wait(), patience_s)
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        return True
+    return False
 
 
 async def together(*coroutines: Coroutine[Any, Any, Any]) -> None:

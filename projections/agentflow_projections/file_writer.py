@@ -117,7 +117,7 @@ class FileWriter:
     @property
     def is_crowded(self) -> bool:
         """Whether as much waits to be written as should."""
-        return self._recorder.size >= BATCH_ROWS_MAX or self._bytes >= BATCH_BYTES_MAX
+        return self.load >= 1
 
     async def still(self) -> None:
         """Wait while the state must not change."""

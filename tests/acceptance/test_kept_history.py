@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -156,19 +155,22 @@ class TestWhenTheFileIsNotInOrder:
         await cluster.leader(name="first")
         await cluster.worker()
         standby = await cluster.master(name="second", history=tmp_path / "kept")
-        refused = asyncio.Event()
+        writer = history_of(standby).writer
+        assert writer is not None
+        begun, may = threading.Event(), threading.Event()
 
         def refuse(*_: Any, **__: Any) -> None:
-            loop.call_soon_threadsafe(refused.set)
-            time.sleep(0.3)  # in the thread that writes, so that the fold comes to wait
+            begun.set()
+            assert may.wait(30)
             raise DatabaseFull("no room")
 
-        loop = asyncio.get_running_loop()
         monkeypatch.setattr(Database, "commit", refuse)
         monkeypatch.setattr(file_writer, "BATCH_BYTES_MAX", 1)
         await work(cluster)
-        await refused.wait()
+        await eventually(begun.is_set)
         await work(cluster)
+        await eventually(lambda: writer.is_crowded and not writer._room.is_set())
+        may.set()
         seq = await last_seq(bus)
         await eventually(lambda: standby.seats["default"].follower.state.seq >= seq)
         assert history_of(standby).writer is None

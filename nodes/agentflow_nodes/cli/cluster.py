@@ -25,7 +25,7 @@ from msgspec import Struct
 
 from agentflow import wire
 from agentflow.bus import Bus
-from agentflow.ending import end_tasks
+from agentflow.ending import end_process, end_tasks
 from agentflow.errors import Disconnected, OperatingError
 from agentflow.frames import encode
 from agentflow.notices import StatusRequest
@@ -334,16 +334,8 @@ class Child:
 
     async def stop(self, patience_s: float) -> None:
         """Ask it to end, wait, and kill it if that takes too long."""
-        process = self._process
-        if process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.send_signal(signal.SIGTERM)
-        try:
-            await asyncio.wait_for(process.wait(), patience_s)
-        except TimeoutError:
-            self.kill()
-            await process.wait()
+        if self._process is not None:
+            await end_process(self._process, patience_s)
 
     def kill(self) -> None:
         """End it at once."""

@@ -13,6 +13,7 @@ from asyncio.subprocess import DEVNULL, Process
 from pathlib import Path
 from typing import Any, Final, Self
 
+from agentflow.ending import end_process
 from agentflow.errors import OperatingError
 from agentflow.logs import get_logger
 from agentflow_nodes.embedded.folder import FULL_BYTES, size, tail_of
@@ -97,16 +98,8 @@ class Run:
 
     async def stop(self) -> None:
         """Ask it to end, and kill it if it does not. Doing it twice is harmless."""
-        if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.terminate()
-            try:
-                await asyncio.wait_for(self.process.wait(), _STOP_S_MAX)
-            except TimeoutError:
-                _log.warning("nats-server does not end: killed", pid=self.process.pid)
-                with contextlib.suppress(ProcessLookupError):
-                    self.process.kill()
-                await self.process.wait()
+        if await end_process(self.process, _STOP_S_MAX):
+            _log.warning("nats-server does not end: killed", pid=self.process.pid)
         output, self._output = self._output, -1
         if output >= 0:
             os.close(output)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
 from typing import Final
 
+from agentflow.ending import end_process
 from agentflow.logs import get_logger
 
 _PAUSE_S_FIRST: Final = 0.5
@@ -52,15 +52,4 @@ class Beside:
         try:
             return await process.wait()
         finally:
-            if process.returncode is None:
-                await asyncio.shield(_end(process))
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    process.terminate()
-    try:
-        await asyncio.wait_for(process.wait(), _END_S_MAX)
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
+            await asyncio.shield(end_process(process, _END_S_MAX))

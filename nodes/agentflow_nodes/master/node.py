@@ -21,6 +21,7 @@ from agentflow.domain.state import Ended, Namespace
 from agentflow.errors import LogGone, OperatingError
 from agentflow.leases.jetstream import JetStreamLeases
 from agentflow.log.jetstream import JetStreamLog
+from agentflow.log.port import Identity
 from agentflow.logs import get_logger
 from agentflow.objects import ObjectStore
 from agentflow_nodes.master.abandoned import Abandoned
@@ -122,8 +123,9 @@ class Master:
         config = self.config
         log = JetStreamLog(self.bus, namespace, replicas=config.replicas, create=create)
         await log.__aenter__()  # nothing to release: the bus is ours
-        history = await self._open_history(log) if config.history is not None else None
-        state, chain = await self._kept_state(log)
+        identity = await log.identity()
+        history = await self._open_history(namespace, identity) if config.history is not None else None
+        state, chain = await self._kept_state(log, identity)
         seat = Seat(log, config, self._instance, self._sessions, partial(self._tell, namespace), state=state)
         await seat.liveness.listen(self.bus)
         services = Services(self.bus, seat.follower.state, lambda: seat.leading, lambda: seat.follower.now_ms)
@@ -154,22 +156,23 @@ class Master:
             end()
         self._sessions.touch()
 
-    async def _open_history(self, log: JetStreamLog) -> History:
+    async def _open_history(self, namespace: str, identity: Identity) -> History:
         """Raises LogGone if the file is one of another log."""
         from agentflow_nodes.master.history import History  # noqa: PLC0415 - DuckDB, for who needs it
 
-        namespace = log.namespace
         history = History(self.bus, self.config, namespace, lambda: self._leads(namespace))
         self._histories.push_async_callback(history.close)
-        await history.open(await log.identity())
+        await history.open(identity)
         return history
 
-    async def _kept_state(self, log: JetStreamLog) -> tuple[Namespace | None, bytes | None]:
+    async def _kept_state(
+        self, log: JetStreamLog, identity: Identity
+    ) -> tuple[Namespace | None, bytes | None]:
         """The state kept on this machine, or the one that stands for what was trimmed, and the chain up to it.
 
         With it only the log's tail is read. Neither is of use or needed: None.
         """
-        config, identity = self.config, await log.identity()
+        config = self.config
         folder = config.history or config.data
         state, chain = None, None
         if folder is not None:
